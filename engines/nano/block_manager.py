@@ -1,0 +1,106 @@
+"""Which cache block belongs to whom, and which blocks can be used again for an equal prefix."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+
+from engines.nano.sequence import Sequence
+
+
+class BlockManager:
+    """Hands out the blocks of the paged cache, `block_size` tokens each.
+
+    A full block is known by the hash of its tokens *and all before them*, so equal hashes mean equal prefixes. A block
+    that nobody owns any more stays findable by its hash until it is handed out anew; the one freed longest ago goes
+    first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.ref_counts = [0] * num_blocks
+        self.hash_of: list[bytes | None] = [None] * num_blocks
+        self.block_of: dict[bytes, int] = {}
+        self.free: dict[int, None] = dict.fromkeys(range(num_blocks))  # an ordered set, oldest first
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks already holding a prefix of `sequence`, never all of it: one token must be left to compute."""
+        if not self.prefix_caching:
+            return []
+        usable = (len(sequence) - 1) // self.block_size
+        self._hash_up_to(sequence, usable)
+        blocks = []
+        for digest in sequence.block_hashes[:usable]:
+            block = self.block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def allocate(self, sequence: Sequence) -> bool:
+        """Give `sequence` blocks for all its tokens, reusing a cached prefix; False if there are not enough."""
+        prefix = self.cached_prefix(sequence)
+        needed = self.blocks_for(len(sequence)) - sum(self.ref_counts[block] > 0 for block in prefix)
+        if needed > len(self.free):
+            return False
+        for block in prefix:
+            self.ref_counts[block] += 1
+            self.free.pop(block, None)
+        fresh = [self._take() for _ in range(self.blocks_for(len(sequence)) - len(prefix))]
+        sequence.block_table = prefix + fresh
+        sequence.num_cached = len(prefix) * self.block_size
+        return True
+
+    def can_append(self, sequence: Sequence) -> bool:
+        return len(sequence.block_table) * self.block_size >= len(sequence) or bool(self.free)
+
+    def append(self, sequence: Sequence) -> None:
+        """Make room for the newest token of `sequence`."""
+        if len(sequence.block_table) * self.block_size < len(sequence):
+            sequence.block_table.append(self._take())
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make the blocks that this step filled findable by their hashes; call once the step has run."""
+        if not self.prefix_caching:
+            return
+        first = sequence.num_cached // self.block_size
+        full = (sequence.num_cached + sequence.num_scheduled) // self.block_size
+        if first == full:
+            return
+        self._hash_up_to(sequence, full)
+        for index in range(first, full):
+            digest, block = sequence.block_hashes[index], sequence.block_table[index]
+            if digest not in self.block_of:  # two sequences may compute the same prefix in one step; the first stays
+                self.block_of[digest] = block
+                self.hash_of[block] = digest
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the blocks back; the tail goes first, since a prefix is worth more than what follows it."""
+        for block in reversed(sequence.block_table):
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
+                self.free[block] = None
+        sequence.block_table = []
+        sequence.num_cached = 0
+
+    def _take(self) -> int:
+        block = next(iter(self.free))
+        del self.free[block]
+        digest = self.hash_of[block]
+        if digest is not None:
+            del self.block_of[digest]
+            self.hash_of[block] = None
+        self.ref_counts[block] = 1
+        return block
+
+    def _hash_up_to(self, sequence: Sequence, num_blocks: int) -> None:
+        hashes, size = sequence.block_hashes, self.block_size
+        for index in range(len(hashes), num_blocks):
+            tokens = array("q", sequence.token_ids[index * size : (index + 1) * size])
+            parent = hashes[-1] if hashes else b""
+            hashes.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())

@@ -1,0 +1,188 @@
+"""The engine: requests in, tokens out."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engines.base import (
+    Capacity,
+    EngineConfig,
+    InputError,
+    Probe,
+    Request,
+    RequestResult,
+    Scheduled,
+    Scored,
+    Step,
+    TraceMode,
+    TraceUnsupported,
+)  # fmt: skip
+from engines.nano.block_manager import BlockManager
+from engines.nano.model_runner import ModelRunner
+from engines.nano.offline import OfflineCalls, config_of
+from engines.nano.options import Options
+from engines.nano.scheduler import Scheduler
+from engines.nano.sequence import Sequence
+from engines.nano.utils import compile as compilation
+
+
+class LLM(OfflineCalls):
+    """A small, complete engine: paged cache, continuous batching, prefix reuse, chunked prefill, CUDA graphs.
+
+    Made from an `EngineConfig` by the harness, or from a checkpoint folder and keywords as nano-vLLM's and vLLM's
+    scripts do: `LLM(folder, enforce_eager=False, max_model_len=4096)`.
+    """
+
+    name = "nano"
+    arm = "default"
+    options_class: type[Options] = Options
+
+    def __init__(self, model: str | Path | EngineConfig, **keywords: Any) -> None:
+        config = model if isinstance(model, EngineConfig) else config_of(Path(model), keywords)
+        self.config = config
+        self.options = self.options_class.parse(config.options, self.name)
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("There is no CUDA device on this machine; use device=cpu.")
+        compilation.enabled = self.options.compile
+        torch.manual_seed(config.seed)
+        self.runner = ModelRunner(
+            config, self.options.block_size, self.options.attention_backend, self.options.enforce_eager, self.prepare
+        )
+        blocks = BlockManager(self.runner.num_blocks, self.options.block_size, config.prefix_caching)
+        self.scheduler = Scheduler(
+            blocks, config.max_num_seqs, config.max_num_batched_tokens, self.runner.model_config.eos_token_ids
+        )
+        self.capacity = Capacity(
+            self.runner.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,
+            self.runner.num_blocks * self.options.block_size,
+        )  # fmt: skip
+        self._finished: list[Sequence] = []
+        self._closed = False
+
+    def prepare(self, runner: ModelRunner) -> None:
+        """Change the model between loading and its first step; nano has nothing to change."""
+
+    @property
+    def mode(self) -> Literal["eager", "graph", "compiled"]:
+        return "eager" if self.runner.graphs is None else "graph"
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        graphs = self.runner.graphs
+        return {
+            "attention_backend": self.runner.backend_name,
+            "block_size": self.options.block_size,
+            "graph_batch_sizes": graphs.sizes if graphs else [],
+            "preemptions": self.scheduler.num_preemptions,
+        }
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Output is cut where the model's length ends; a prompt that fills it is refused."""
+        prompt = len(request.prompt_token_ids)
+        room = self.capacity.max_model_len - prompt
+        if prompt == 0:
+            raise InputError(f"Request {request.request_id} has an empty prompt.")
+        if room < 1:
+            raise InputError(
+                f"Request {request.request_id} has a prompt of {prompt} tokens; with one token of output at least, "
+                f"the longest that fits is {self.capacity.max_model_len - 1}."
+            )
+        vocab_size = self.runner.model_config.vocab_size
+        if not (min(request.prompt_token_ids) >= 0 and max(request.prompt_token_ids) < vocab_size):
+            raise InputError(f"Request {request.request_id} has token ids outside the vocabulary of {vocab_size}.")
+        if request.sampling.max_tokens > room:
+            request = replace(request, sampling=replace(request.sampling, max_tokens=room))
+        self.scheduler.add(Sequence(request))
+
+    def step(self) -> Step:
+        """One scheduler step."""
+        sequences, is_prefill = self.scheduler.schedule()
+        scheduled = tuple(Scheduled(s.request_id, s.num_scheduled, s.num_cached) for s in sequences)
+        before = [len(s) for s in sequences] if is_prefill else None
+        token_ids = self.runner.run(sequences, is_prefill)
+        self._finished = self.scheduler.postprocess(sequences, token_ids)
+        if before is None:
+            tokens = tuple((s.request_id, token) for s, token in zip(sequences, token_ids, strict=True))
+        else:  # a chunk of a prompt yields no token
+            grown = zip(sequences, token_ids, before, strict=True)
+            tokens = tuple((s.request_id, token) for s, token, length in grown if len(s) > length)
+        kind: Literal["prefill", "decode"] = "prefill" if is_prefill else "decode"
+        return Step(kind, scheduled, tokens, tuple(s.request_id for s in self._finished))
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        self.scheduler.abort(request_ids)
+
+    def serve(
+        self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
+    ) -> list[RequestResult]:
+        """All requests at once, at full speed."""
+        requests = list(requests)
+        arrival = time.perf_counter()
+        times: dict[str, list[float]] = {r.request_id: [] for r in requests}
+        tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+        results: dict[str, RequestResult] = {}
+        for request in requests:
+            self.add(request)
+        while self.has_unfinished():
+            step = self.step()
+            now = time.perf_counter()
+            for request_id, token in step.tokens:
+                times[request_id].append(now)
+                tokens[request_id].append(token)
+            for sequence in self._finished:
+                name = sequence.request_id
+                results[name] = RequestResult(
+                    name, sequence.num_prompt, tuple(tokens[name]), arrival, tuple(times[name]), sequence.finish_reason
+                )
+                if on_finish is not None:
+                    on_finish(results[name])
+        return [results[r.request_id] for r in requests]
+
+    def score(self, requests: Iterable[Request]) -> list[Scored]:
+        """Greedy continuation with the logits of every token, through the same steps as always."""
+        requests = [replace(r, sampling=replace(r.sampling, temperature=0.0)) for r in requests]
+        logits: dict[str, list[torch.Tensor]] = {r.request_id: [] for r in requests}
+        tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+        for request in requests:
+            self.add(request)
+        self.runner.keep_logits = True
+        try:
+            while self.has_unfinished():
+                step = self.step()
+                rows = {s.request_id: row for row, s in enumerate(step.scheduled)}
+                assert self.runner.kept_logits is not None
+                for request_id, token in step.tokens:
+                    logits[request_id].append(self.runner.kept_logits[rows[request_id]])
+                    tokens[request_id].append(token)
+        finally:
+            self.runner.keep_logits, self.runner.kept_logits = False, None
+        return [
+            Scored(r.prompt_token_ids, tuple(tokens[r.request_id]), torch.stack(logits[r.request_id])) for r in requests
+        ]
+
+    def attach(self, probe: Probe, mode: TraceMode) -> None:
+        if mode == "graph" and self.runner.graphs is None:
+            raise TraceUnsupported(f"{self.name} runs without CUDA graphs here.")
+        self.runner.attach(probe, mode)
+
+    def detach(self) -> None:
+        self.runner.detach()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.runner.close()
+        gc.collect()
+        if self.config.device == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Loading, the step's context, and compilation of small functions."""

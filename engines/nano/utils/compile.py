@@ -1,0 +1,27 @@
+"""Compilation of small elementwise functions, where there is a GPU to gain from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+enabled = True
+"""Set to False before a model runs to keep its small operations as PyTorch's own kernels."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method through torch.compile when its first tensor is on a GPU, else as it is.
+
+    Torch compiles for the first number of rows it meets, once more for any number at the second, and for one row: the
+    model runner's warm-up meets all three, so that no step waits for the compiler.
+    """
+    fast = torch.compile(function)
+
+    @wraps(function)
+    def call(self: Any, x: torch.Tensor, *args: Any) -> Any:
+        return fast(self, x, *args) if enabled and x.is_cuda else function(self, x, *args)
+
+    return call

@@ -1,0 +1,91 @@
+"""nano and fused against transformers: the same greedy tokens, whatever the scheduler does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+from engines.fused import LLM as Fused
+from engines.nano import LLM as Nano
+from tests.engines import reference
+
+LENGTHS = (1, 15, 16, 17, 40, 65)
+NUM_TOKENS = 20
+
+VARIANTS = {
+    "nano": (Nano, {}, "reference"),
+    "nano, Triton attention": (Nano, {"attention_backend": "triton"}, "triton"),
+    "fused, reference kernels": (Fused, {}, "reference"),
+    "fused, interpreted kernels": (Fused, {"attention_backend": "triton", "max_fused_rows": 10**6}, "triton"),
+    "fused, few rows fused": (Fused, {"max_fused_rows": 5}, "reference"),
+    "fused, nothing fused": (Fused, {"features": ()}, "reference"),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return reference.text_prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def expected(prompts):
+    return reference.greedy(prompts, NUM_TOKENS)
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def variant(request):
+    engine, options, path = request.param
+    if path == "triton" and not kernels.INTERPRETED:
+        pytest.skip("Triton's interpreter is off")
+    with kernels.use(path):
+        yield lambda **changes: engine(reference.config(options=options, **changes))
+
+
+def tokens_of(engine, requests):
+    return [list(result.token_ids) for result in engine.serve(requests)]
+
+
+def test_ragged_batch(variant, prompts, expected):
+    assert tokens_of(variant(), reference.requests(prompts, NUM_TOKENS)) == expected
+
+
+def test_chunked_prefill(variant, prompts, expected):
+    engine = variant(max_num_batched_tokens=24)
+    requests = reference.requests(prompts, NUM_TOKENS)
+    for request in requests:
+        engine.add(request)
+    first = engine.step()
+    second = engine.step()
+    assert (first.kind, first.new_tokens, second.kind, second.new_tokens) == ("prefill", 24, "prefill", 24)
+    assert first.scheduled[-1].new_tokens < len(prompts[2])  # cut in the middle
+    assert second.scheduled[0] == (requests[2].request_id, len(prompts[2]) - 8, 8)
+    engine.abort([request.request_id for request in requests])
+    assert tokens_of(engine, requests) == expected
+
+
+def test_preemption(variant, prompts, expected):
+    engine = variant(kv_cache_tokens=112)
+    assert tokens_of(engine, reference.requests(prompts, NUM_TOKENS)) == expected
+    assert engine.notes["preemptions"] > 0
+
+
+def test_prefix_reuse(variant, prompts, expected):
+    engine = variant(prefix_caching=True)
+    requests = reference.requests(prompts, NUM_TOKENS)
+    assert tokens_of(engine, requests) == expected
+    for request in requests:
+        engine.add(request)
+    step = engine.step()
+    # All full blocks of each prompt but the one with its last token come from the first round's cache.
+    assert [s.context_len for s in step.scheduled] == [(len(p) - 1) // 16 * 16 for p in prompts]
+    engine.abort([request.request_id for request in requests])
+    assert tokens_of(engine, requests) == expected
+
+
+def test_scores_are_the_models_logits(variant, prompts):
+    for scored in variant().score(reference.requests(prompts[:3], 6)):
+        want = reference.logits(scored.prompt_token_ids, scored.token_ids)
+        assert scored.logits.shape == want.shape
+        assert (scored.logits - want).norm() / want.norm() < 1e-5
+        assert torch.equal(scored.logits.argmax(-1), torch.tensor(scored.token_ids))

@@ -1,0 +1,69 @@
+"""Draws against exact distributions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from engines.base import InputError, SamplingParams
+from engines.nano.layers.sampler import Sampler, SamplingBatch
+
+LOGITS = torch.tensor([1.5, -0.3, 0.7, 2.0, -1.0, 0.0])
+DRAWS = 20_000
+
+
+def draw(sampling: SamplingParams, rows: int = DRAWS) -> torch.Tensor:
+    settings = [(sampling, position) for position in range(rows)]
+    batch = SamplingBatch.of(settings, len(LOGITS), torch.device("cpu"))
+    return Sampler()(LOGITS.repeat(rows, 1), batch)
+
+
+def exact(temperature: float, allowed: list[int]) -> torch.Tensor:
+    weights = torch.zeros(len(LOGITS), dtype=torch.float64)
+    weights[allowed] = (LOGITS.double()[allowed] / temperature).exp()
+    return weights / weights.sum()
+
+
+# In order of likelihood the tokens are 3, 0, 2, 5, 1, 4; at temperature 1 the first three hold 0.47, 0.28, 0.13.
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (SamplingParams(temperature=1.0), [0, 1, 2, 3, 4, 5]),
+        (SamplingParams(temperature=0.6), [0, 1, 2, 3, 4, 5]),
+        (SamplingParams(temperature=0.6, top_k=-1), [0, 1, 2, 3, 4, 5]),
+        (SamplingParams(temperature=1.3, top_k=2), [3, 0]),
+        (SamplingParams(temperature=1.0, top_p=0.7), [3, 0]),
+        (SamplingParams(temperature=1.0, top_p=0.8), [3, 0, 2]),
+        (SamplingParams(temperature=2.0, top_k=4, top_p=0.6), [3, 0]),
+    ],
+)
+def test_distribution(sampling, allowed):
+    torch.manual_seed(1)
+    want = exact(sampling.temperature, allowed)
+    counts = torch.bincount(draw(sampling), minlength=len(LOGITS)).double()
+    assert counts[want == 0].sum() == 0
+    assert chisquare(counts[want > 0], (want * DRAWS)[want > 0]).pvalue > 1e-3
+
+
+def test_greedy_and_hot_rows_in_one_batch():
+    rows = [(SamplingParams(temperature=t), 0) for t in (0.0, 5.0) * 500]
+    tokens = Sampler()(LOGITS.repeat(1000, 1), SamplingBatch.of(rows, len(LOGITS), torch.device("cpu")))
+    assert set(tokens[::2].tolist()) == {3}
+    assert len(set(tokens[1::2].tolist())) == len(LOGITS)
+
+
+def test_seeded_draw_depends_on_seed_and_position_alone():
+    seeded = SamplingParams(temperature=1.0, seed=7)
+    alone = draw(seeded, rows=50)
+    torch.manual_seed(99)
+    mixed = [(seeded, p) if p % 2 else (SamplingParams(), p) for p in range(50)]
+    tokens = Sampler()(LOGITS.repeat(50, 1), SamplingBatch.of(mixed, len(LOGITS), torch.device("cpu")))
+    assert torch.equal(tokens[1::2], alone[1::2])
+    assert not torch.equal(draw(SamplingParams(temperature=1.0, seed=8), rows=50), alone)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"max_tokens": 0}, {"top_p": 0}, {"top_k": -2}])
+def test_bad_settings(bad):
+    with pytest.raises(InputError):
+        SamplingParams(**bad)
