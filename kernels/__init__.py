@@ -1,0 +1,41 @@
+"""Fused Triton kernels, each beside its plain-PyTorch reference. Imports nothing else of this project.
+
+`FUSIONS` says what each kernel fuses, by name. Without more, CUDA tensors go through Triton and CPU tensors through the
+references; `with use("reference")` and `with use("triton")` force one path (on the CPU the latter needs Triton's
+interpreter: TRITON_INTERPRET=1 before this import). The functions bear their modules' names, so
+`from kernels import silu_mul` gives the function; its module's other names come by `from kernels.silu_mul import ...`.
+"""
+
+from kernels._fusion import Fusion
+from kernels._triton import HAVE_TRITON, INTERPRETED, runs_triton, use
+from kernels.paged_attention import FUSION as _PAGED_ATTENTION
+from kernels.paged_attention import paged_attention
+from kernels.qk_norm_rope_cache import FUSION as _QK_NORM_ROPE_CACHE
+from kernels.qk_norm_rope_cache import qk_norm_rope_cache
+from kernels.rms_norm_gate_up import FUSION as _RMS_NORM_GATE_UP_SILU
+from kernels.rms_norm_gate_up import rms_norm_gate_up_silu
+from kernels.rms_norm_linear import FUSION as _RMS_NORM_LINEAR
+from kernels.rms_norm_linear import rms_norm_linear
+from kernels.silu_mul import FUSION as _SILU_MUL
+from kernels.silu_mul import silu_mul
+from kernels.write_kv import write_kv
+
+FUSIONS: dict[str, Fusion] = {
+    fusion.name: fusion
+    for fusion in (_RMS_NORM_LINEAR, _RMS_NORM_GATE_UP_SILU, _QK_NORM_ROPE_CACHE, _PAGED_ATTENTION, _SILU_MUL)
+}
+
+__all__ = [
+    "FUSIONS",
+    "HAVE_TRITON",
+    "INTERPRETED",
+    "Fusion",
+    "paged_attention",
+    "qk_norm_rope_cache",
+    "rms_norm_gate_up_silu",
+    "rms_norm_linear",
+    "runs_triton",
+    "silu_mul",
+    "use",
+    "write_kv",
+]

@@ -1,0 +1,183 @@
+"""QK-norm, rotary embedding and the write of keys and values into the paged cache, in one kernel.
+
+    qkv           [tokens, (heads + 2 * kv_heads) * head_dim]   q heads, k heads, v heads; float32, float16, bfloat16
+    q_weight      [head_dim] or None                            gamma of the norm of each q head; None: no norm
+    k_weight      [head_dim] or None                            the same for k; both or neither
+    cos_sin       [max_pos, head_dim] float32                   cosines of head_dim / 2 angles, then their sines
+    positions     [tokens] int64 (or int32)                     each token's position, below max_pos
+    slot_mapping  [tokens] int32 (or int64)                     block * block_size + offset; -1: do not write
+    k_cache, v_cache  [num_blocks, block_size, kv_heads, head_dim]   written in place, each slot at most once
+    q             [tokens, heads, head_dim]                     the result
+
+Each q and k head: h = gamma * h / rms(h), then with its halves (a, b): (a cos - b sin, b cos + a sin), as in GPT-NeoX.
+Everything between load and store is float32.
+
+Fused: split, both norms, rotation, cache write. Saved: writes and reads of the normalised q and k, and the write and
+read of the rotated k before it goes to the cache. A program takes one token and a few of its heads of any kind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels._checks import check_float, check_integers, check_like
+from kernels._fusion import Fusion
+from kernels._triton import runs_triton, tl, triton
+
+HEADS_PER_PROGRAM = ((64, 2), (1024, 4), (1 << 62, 8))
+"""(up to so many tokens, heads of one program): few tokens need many small programs to fill the GPU."""
+
+
+def reference(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+    eps: float, return_kv: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same in plain PyTorch, computed in float32."""
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+
+    def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
+        x = x.float()
+        if weight is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qkv.dtype)
+
+    q, k = rotated(q, q_weight), rotated(k, k_weight)
+    written = slot_mapping >= 0
+    slots = slot_mapping[written].long()
+    k_cache.view(-1, num_kv_heads, head_dim)[slots] = k[written]
+    v_cache.view(-1, num_kv_heads, head_dim)[slots] = v[written]
+    return (q, k, v) if return_kv else q
+
+
+@triton.jit
+def _kernel(
+    qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
+    d = tl.arange(0, BLOCK_HALF)
+    in_half = d < HALF
+    is_q = (head < HEADS)[:, None] & in_half[None, :]
+    is_k = ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None] & in_half[None, :]
+    is_v = ((head >= HEADS + KV_HEADS) & (head < ALL))[:, None] & in_half[None, :]
+
+    source = qkv + token * (ALL * HEAD_DIM) + head[:, None] * HEAD_DIM + d[None, :]
+    mask = is_q | is_k | is_v
+    raw_a = tl.load(source, mask=mask, other=0.0)
+    raw_b = tl.load(source + HALF, mask=mask, other=0.0)
+    a = raw_a.to(tl.float32)
+    b = raw_b.to(tl.float32)
+    if q_weight is not None:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / HEAD_DIM + eps)
+        q_gamma_a = tl.load(q_weight + d, mask=in_half, other=0.0).to(tl.float32)
+        q_gamma_b = tl.load(q_weight + HALF + d, mask=in_half, other=0.0).to(tl.float32)
+        k_gamma_a = tl.load(k_weight + d, mask=in_half, other=0.0).to(tl.float32)
+        k_gamma_b = tl.load(k_weight + HALF + d, mask=in_half, other=0.0).to(tl.float32)
+        a = a * scale[:, None] * tl.where(is_q, q_gamma_a[None, :], k_gamma_a[None, :])
+        b = b * scale[:, None] * tl.where(is_q, q_gamma_b[None, :], k_gamma_b[None, :])
+
+    angles = cos_sin + tl.load(positions + token).to(tl.int64) * HEAD_DIM + d
+    cos = tl.load(angles, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(angles + HALF, mask=in_half, other=0.0)[None, :]
+    rotated_a = (a * cos - b * sin).to(raw_a.dtype)
+    rotated_b = (b * cos + a * sin).to(raw_a.dtype)
+
+    to_q = q_out + token * (HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + d[None, :]
+    tl.store(to_q, rotated_a, mask=is_q)
+    tl.store(to_q + HALF, rotated_b, mask=is_q)
+    inside = kv_head[:, None] * HEAD_DIM + d[None, :]
+    if k_out is not None:
+        to_k = k_out + token * (KV_HEADS * HEAD_DIM) + inside
+        tl.store(to_k, rotated_a, mask=is_k)
+        tl.store(to_k + HALF, rotated_b, mask=is_k)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    written = (kv_head < tl.where(slot >= 0, KV_HEADS, 0))[:, None]
+    cached = slot * (KV_HEADS * HEAD_DIM) + inside
+    tl.store(k_cache + cached, rotated_a, mask=is_k & written)
+    tl.store(k_cache + cached + HALF, rotated_b, mask=is_k & written)
+    tl.store(v_cache + cached, raw_a, mask=is_v & written)
+    tl.store(v_cache + cached + HALF, raw_b, mask=is_v & written)
+
+
+def _check(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+) -> None:  # fmt: skip
+    check_float("qkv", qkv, 2)
+    tokens = qkv.shape[0]
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even, since its halves are rotated against each other, not {head_dim}.")
+    if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim:
+        raise ValueError(
+            f"qkv must have ({num_heads} + 2 * {num_kv_heads}) * {head_dim} columns for its heads, not {qkv.shape[1]}."
+        )
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight must both be given, or neither.")
+    if q_weight is not None and k_weight is not None:
+        check_like("q_weight", q_weight, (head_dim,), qkv)
+        check_like("k_weight", k_weight, (head_dim,), qkv)
+    check_like("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), qkv, torch.float32)
+    check_integers("positions", positions, (tokens,), qkv)
+    check_integers("slot_mapping", slot_mapping, (tokens,), qkv)
+    if k_cache.dim() != 4:
+        raise ValueError(f"k_cache must have 4 dimensions, not shape {tuple(k_cache.shape)}.")
+    shape = (k_cache.shape[0], k_cache.shape[1], num_kv_heads, head_dim)
+    check_like("k_cache", k_cache, shape, qkv)
+    check_like("v_cache", v_cache, shape, qkv)
+
+
+def qk_norm_rope_cache(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+    eps: float, return_kv: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Norm and rotate q and k, write k and v to their cache slots; shapes as in this module's docstring.
+
+    Returns q, or (q, k [tokens, kv_heads, head_dim], v, a view into qkv) with `return_kv`. Positions and slots are
+    not checked against their tables (they lie on the device). ValueError if the other arguments do not fit.
+    """
+    _check(
+        qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads, head_dim
+    )
+    if not runs_triton(qkv):
+        return reference(
+            qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads,
+            head_dim, eps, return_kv,
+        )  # fmt: skip
+    tokens = qkv.shape[0]
+    q = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    k = torch.empty((tokens, num_kv_heads, head_dim), dtype=qkv.dtype, device=qkv.device) if return_kv else None
+    if tokens > 0:
+        heads = num_heads + 2 * num_kv_heads
+        block_h = next(block for limit, block in HEADS_PER_PROGRAM if tokens <= limit)
+        _kernel[(tokens, -(-heads // block_h))](
+            qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, eps,
+            HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+            BLOCK_H=block_h, BLOCK_HALF=1 << (head_dim // 2 - 1).bit_length(), num_warps=1 if block_h < 8 else 2,
+        )  # fmt: skip
+    if k is None:
+        return q
+    return q, k, qkv.view(tokens, -1, head_dim)[:, num_heads + num_kv_heads :]
+
+
+def saved_bytes(
+    tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int, norm: bool = True
+) -> int:
+    """Write and read of q and k between norm and rotation, and of k between rotation and cache."""
+    between = (num_heads + num_kv_heads if norm else 0) + num_kv_heads
+    return 2 * tokens * between * head_dim * element_bytes
+
+
+FUSION = Fusion(
+    "qk_norm_rope_cache", ("qk_norm+rope+kv_write", "rope+kv_write"), qk_norm_rope_cache, reference, saved_bytes
+)

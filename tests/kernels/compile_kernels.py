@@ -1,0 +1,101 @@
+"""Compiles every launch that the public functions make for a GPU architecture, without a GPU; started by a test.
+
+    python tests/kernels/compile_kernels.py 90 [shared bytes that one program may use]
+
+Tensors are on torch's meta device; the launch stops after the compiler. The interpreter forgives what the compiler does
+not: types that change in a loop, tiles too small for an instruction, more shared memory than a multiprocessor has.
+Prints one JSON line per compiled kernel.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import kernels
+
+META = torch.device("meta")
+
+
+def compile_launches(capability: int, shared_limit: int) -> None:
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    run = JITFunction.run
+    seen: set[str] = set()
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        assert all(0 < size <= (2**31 - 1, 65535, 65535)[axis] for axis, size in enumerate(grid)), grid
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            meta = kernel.metadata
+            shared = meta.shared
+            print(json.dumps({"kernel": f"{self.__module__}.{self.__name__}", "shared": shared}), flush=True)
+            assert shared <= shared_limit, f"{self.__name__} {kwargs} needs {shared} bytes of shared memory"
+        return kernel
+
+    JITFunction.run = compile_only
+    with kernels.use("triton"):
+        for rows in (1, 3, 16, 60, 100, 300):
+            norm_linear(rows, 1024, 4096, 3072, torch.bfloat16, residual=rows != 3)
+        norm_linear(7, 100, 33, 37, torch.float16, residual=True)
+        norm_linear(300, 100, 33, 37, torch.float32, residual=True)
+        rotary(1, torch.bfloat16, norm=True)
+        rotary(2000, torch.float32, norm=False)
+        # (sequences, queries each, heads, kv_heads, head_dim, block_size, splits)
+        attention(torch.bfloat16, 1, 1, 16, 8, 128, 256, 16)
+        attention(torch.bfloat16, 64, 1, 12, 2, 128, 16, 1)
+        attention(torch.bfloat16, 4, 10, 32, 8, 64, 32, 1)
+        attention(torch.bfloat16, 16, 1024, 16, 8, 128, 256, 1)
+        attention(torch.float16, 1, 300, 2, 1, 256, 16, 1)
+        attention(torch.float32, 2, 1, 4, 2, 20, 64, 4)
+        k = torch.empty(5, 2, 24, dtype=torch.bfloat16, device=META)
+        cache = torch.empty(2, 16, 2, 24, dtype=torch.bfloat16, device=META)
+        kernels.write_kv(k, k, cache, cache, torch.empty(5, dtype=torch.int32, device=META))
+        kernels.silu_mul(torch.empty(3, 200, dtype=torch.bfloat16, device=META))
+
+
+def norm_linear(rows: int, hidden: int, out: int, inter: int, dtype: torch.dtype, residual: bool) -> None:
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    other = new(rows, hidden) if residual else None
+    bias = None if residual else new(out)
+    kernels.rms_norm_linear(new(rows, hidden), new(hidden), new(out, hidden), 1e-6, bias, other)
+    kernels.rms_norm_gate_up_silu(new(rows, hidden), new(hidden), new(2 * inter, hidden), 1e-6, other)
+
+
+def rotary(tokens: int, dtype: torch.dtype, norm: bool) -> None:
+    gamma = torch.empty(128, dtype=dtype, device=META) if norm else None
+    cache = torch.empty(4, 256, 8, 128, dtype=dtype, device=META)
+    kernels.qk_norm_rope_cache(
+        torch.empty(tokens, 32 * 128, dtype=dtype, device=META), gamma, gamma,
+        torch.empty(4096, 128, device=META), torch.empty(tokens, dtype=torch.int64, device=META),
+        torch.empty(tokens, dtype=torch.int32, device=META), cache, cache, 16, 8, 128, 1e-6, return_kv=norm,
+    )  # fmt: skip
+
+
+def attention(
+    dtype: torch.dtype, sequences: int, queries: int, heads: int, kv_heads: int, head_dim: int, block_size: int,
+    splits: int,
+) -> None:  # fmt: skip
+    cache = torch.empty(8, block_size, kv_heads, head_dim, dtype=dtype, device=META)
+    kernels.paged_attention(
+        torch.empty(sequences * queries, heads, head_dim, dtype=dtype, device=META), cache, cache,
+        torch.empty(sequences, 16, dtype=torch.int32, device=META),
+        torch.empty(sequences + 1, dtype=torch.int32, device=META),
+        torch.empty(sequences, dtype=torch.int32, device=META), queries, 0.1, num_splits=splits,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    compile_launches(int(sys.argv[1]), int(sys.argv[2]))
