@@ -241,12 +241,19 @@ class Engine(Protocol):
     capacity: Capacity
     notes: dict[str, Any]
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request) -> object:
         """Queue a request; InputError if it can never run (longer than the model or the cache takes)."""
         ...
 
-    def step(self) -> Step:
-        """Run one scheduler step to its end (the tokens are on the host when this returns)."""
+    def advance(self) -> None:
+        """Run one scheduler step to its end: the tokens are on the host when this returns.
+
+        This is what is timed. Nothing that only an observer needs belongs in here: see `last_step`.
+        """
+        ...
+
+    def last_step(self) -> Step:
+        """What the step that ran last was; call it before the next one."""
         ...
 
     def has_unfinished(self) -> bool: ...

@@ -28,8 +28,9 @@ class LLM(NanoLLM):
             if feature in self.options.features
         }
         self.features = frozenset(self.options.features) - self.fallbacks.keys()
+        max_rows = (self.options.max_fused_decode_rows, self.options.max_fused_prefill_rows)
         runner.model.model.layers = nn.ModuleList(
-            FusedLayer(layer, self.features, self.options.max_fused_rows) for layer in runner.model.layers
+            FusedLayer(layer, self.features, max_rows) for layer in runner.model.layers
         )
         self.kernels = "triton" if kernels.runs_triton(runner.model.lm_head.matrix) else "reference"
 
@@ -39,5 +40,6 @@ class LLM(NanoLLM):
             "features": sorted(self.features),
             "fallbacks": self.fallbacks,
             "kernels": self.kernels,
-            "max_fused_rows": self.options.max_fused_rows,
+            "max_fused_decode_rows": self.options.max_fused_decode_rows,
+            "max_fused_prefill_rows": self.options.max_fused_prefill_rows,
         }

@@ -16,8 +16,11 @@ FEATURES = {
     "rope_cache": "qk_norm+rope+kv_write in one kernel",
     "norm_gate_up": "post_norm+gate_up_proj+silu_mul in one kernel",
 }
-MAX_ROWS = 128
-"""Above so many rows the norm and cuBLAS run apart: there the product is bound by arithmetic, not by memory."""
+DECODE_ROWS = 2
+"""Decode replays a graph, so kernel time alone counts: up to here one kernel beats the norm and cuBLAS (H200)."""
+PREFILL_ROWS = 1024
+"""Prefill is launched op by op, and the host is the slower part: up to here fewer launches are worth more than the
+faster product of cuBLAS (H200)."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,12 @@ class FusedOptions(Options):
     """nano's options, and:
 
     features: which fusions are on; all by default
-    max_fused_rows: norm and linear are one kernel for steps of up to so many tokens
+    max_fused_decode_rows, max_fused_prefill_rows: norm and linear are one kernel for steps of up to so many tokens
     """
 
     features: tuple[str, ...] = tuple(FEATURES)
-    max_fused_rows: int = MAX_ROWS
+    max_fused_decode_rows: int = DECODE_ROWS
+    max_fused_prefill_rows: int = PREFILL_ROWS
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,14 +57,14 @@ class RopeCacheKernel(nn.Module):
 class FusedLayer(nn.Module):
     """One decoder layer. What is not fused, by choice, for its number of rows or for want of a kernel, runs as nano's.
 
-    `features` are those that are on; up to `max_rows` rows norm and linear are one kernel.
+    `features` are those that are on; up to `max_rows` rows of (decode, prefill) norm and linear are one kernel.
     """
 
-    def __init__(self, layer: DecoderLayer, features: frozenset[str], max_rows: int) -> None:
+    def __init__(self, layer: DecoderLayer, features: frozenset[str], max_rows: tuple[int, int]) -> None:
         super().__init__()
         self.plain = layer
         self.features = features
-        self.max_rows = max_rows
+        self.max_decode_rows, self.max_prefill_rows = max_rows
         attention, mlp = layer.self_attn, layer.mlp
         self.norm_qkv = NormLinearKernel(layer.input_layernorm, attention.qkv_proj, gated=False)
         self.rope_cache = RopeCacheKernel(attention)
@@ -77,7 +77,7 @@ class FusedLayer(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, positions: Tensor, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        few = hidden.shape[0] <= self.max_rows
+        few = hidden.shape[0] <= (self.max_decode_rows if context.is_decode else self.max_prefill_rows)
         attention = self.plain.self_attn
         if few and "norm_qkv" in self.features:
             qkv, residual = self.norm_qkv(hidden, residual)

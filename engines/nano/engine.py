@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,27 @@ from engines.nano.options import Options
 from engines.nano.scheduler import Scheduler
 from engines.nano.sequence import Sequence
 from engines.nano.utils import compile as compilation
+
+
+@dataclass(slots=True)
+class Ran:
+    """A step that ran, as the scheduler left it. `sizes` are (new tokens, tokens in the cache before), for prefills."""
+
+    sequences: list[Sequence]
+    is_prefill: bool
+    sizes: list[tuple[int, int]]
+    token_ids: list[int] = field(default_factory=list)
+    finished: list[Sequence] = field(default_factory=list)
+
+    def describe(self) -> Step:
+        # In decode a sequence computed its newest token but one, on top of all before it.
+        sizes = self.sizes or [(1, len(s) - 2) for s in self.sequences]
+        scheduled = tuple(Scheduled(s.request_id, *size) for s, size in zip(self.sequences, sizes, strict=True))
+        drawn = zip(self.sequences, sizes, self.token_ids, strict=True)
+        # A sequence that still has more than its newest token to compute was in the middle of its prompt.
+        tokens = tuple((s.request_id, token) for s, (new, cached), token in drawn if new + cached == len(s) - 1)
+        finished = tuple(s.request_id for s in self.finished)
+        return Step("prefill" if self.is_prefill else "decode", scheduled, tokens, finished)
 
 
 class LLM(OfflineCalls):
@@ -63,7 +84,7 @@ class LLM(OfflineCalls):
             self.runner.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,
             self.runner.num_blocks * self.options.block_size,
         )  # fmt: skip
-        self._finished: list[Sequence] = []
+        self._last = Ran([], False, [])
         self._closed = False
 
     def prepare(self, runner: ModelRunner) -> None:
@@ -83,7 +104,7 @@ class LLM(OfflineCalls):
             "preemptions": self.scheduler.num_preemptions,
         }
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request) -> Sequence:
         """Queue a request. Output is cut where the model's length ends; a prompt that fills it is refused."""
         prompt = len(request.prompt_token_ids)
         room = self.capacity.max_model_len - prompt
@@ -99,22 +120,21 @@ class LLM(OfflineCalls):
             raise InputError(f"Request {request.request_id} has token ids outside the vocabulary of {vocab_size}.")
         if request.sampling.max_tokens > room:
             request = replace(request, sampling=replace(request.sampling, max_tokens=room))
-        self.scheduler.add(Sequence(request))
+        sequence = Sequence(request)
+        self.scheduler.add(sequence)
+        return sequence
 
-    def step(self) -> Step:
-        """One scheduler step."""
+    def advance(self) -> None:
+        """One scheduler step. What it was is told by `last_step`, so that the telling costs the step nothing."""
         sequences, is_prefill = self.scheduler.schedule()
-        scheduled = tuple(Scheduled(s.request_id, s.num_scheduled, s.num_cached) for s in sequences)
-        before = [len(s) for s in sequences] if is_prefill else None
-        token_ids = self.runner.run(sequences, is_prefill)
-        self._finished = self.scheduler.postprocess(sequences, token_ids)
-        if before is None:
-            tokens = tuple((s.request_id, token) for s, token in zip(sequences, token_ids, strict=True))
-        else:  # a chunk of a prompt yields no token
-            grown = zip(sequences, token_ids, before, strict=True)
-            tokens = tuple((s.request_id, token) for s, token, length in grown if len(s) > length)
-        kind: Literal["prefill", "decode"] = "prefill" if is_prefill else "decode"
-        return Step(kind, scheduled, tokens, tuple(s.request_id for s in self._finished))
+        self._last = Ran(
+            sequences, is_prefill, [(s.num_scheduled, s.num_cached) for s in sequences] if is_prefill else []
+        )
+        self._last.token_ids = self.runner.run(sequences, is_prefill)
+        self._last.finished = self.scheduler.postprocess(sequences, self._last.token_ids)
+
+    def last_step(self) -> Step:
+        return self._last.describe()
 
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
@@ -126,27 +146,24 @@ class LLM(OfflineCalls):
         self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
     ) -> list[RequestResult]:
         """All requests at once, at full speed."""
-        requests = list(requests)
+        sequences = [self.add(request) for request in requests]
         arrival = time.perf_counter()
-        times: dict[str, list[float]] = {r.request_id: [] for r in requests}
-        tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+        times: dict[str, list[float]] = {s.request_id: [] for s in sequences}
         results: dict[str, RequestResult] = {}
-        for request in requests:
-            self.add(request)
         while self.has_unfinished():
-            step = self.step()
+            self.advance()
             now = time.perf_counter()
-            for request_id, token in step.tokens:
-                times[request_id].append(now)
-                tokens[request_id].append(token)
-            for sequence in self._finished:
-                name = sequence.request_id
+            for sequence in self._last.sequences:
+                if len(times[sequence.request_id]) < sequence.num_output:  # a chunk of a prompt gives no token
+                    times[sequence.request_id].append(now)
+            for sequence in self._last.finished:
+                name, tokens = sequence.request_id, tuple(sequence.output_token_ids)
                 results[name] = RequestResult(
-                    name, sequence.num_prompt, tuple(tokens[name]), arrival, tuple(times[name]), sequence.finish_reason
+                    name, sequence.num_prompt, tokens, arrival, tuple(times[name]), sequence.finish_reason
                 )
                 if on_finish is not None:
                     on_finish(results[name])
-        return [results[r.request_id] for r in requests]
+        return [results[s.request_id] for s in sequences]
 
     def score(self, requests: Iterable[Request]) -> list[Scored]:
         """Greedy continuation with the logits of every token, through the same steps as always."""
@@ -158,7 +175,8 @@ class LLM(OfflineCalls):
         self.runner.keep_logits = True
         try:
             while self.has_unfinished():
-                step = self.step()
+                self.advance()
+                step = self.last_step()
                 rows = {s.request_id: row for row, s in enumerate(step.scheduled)}
                 assert self.runner.kept_logits is not None
                 for request_id, token in step.tokens:

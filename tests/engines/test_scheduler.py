@@ -60,7 +60,7 @@ def test_random_traffic(seed, num_blocks, max_num_seqs, budget, prefix_caching):
     blocks = BlockManager(num_blocks, BLOCK, prefix_caching)
     scheduler = Scheduler(blocks, max_num_seqs, budget, frozenset([0]))
     cache, alive, finished, total = Cache(), {}, {}, 0
-    for step in range(10_000):
+    for _ in range(10_000):
         if total < 12 and rng.random() < 0.5:
             # Few distinct tokens, so that prompts share prefixes.
             prompt = tuple(rng.choice((1, 1, 1, 2)) for _ in range(rng.randint(1, 2 * BLOCK + 3)))
