@@ -1,0 +1,1 @@
+"""Measuring: configuration, weights, the runner, instruments, statistics and result tables."""

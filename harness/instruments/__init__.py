@@ -1,0 +1,1 @@
+"""What looks into a step: CUDA events, host timers, NVTX ranges. Each is an `engines.base.Probe`."""

@@ -1,0 +1,43 @@
+"""What a run shows while it works: a bar on a terminal, plain lines elsewhere. All of it goes to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+_LINES_PER_BAR = 10
+"""Without a terminal, a bar of many items prints this many lines."""
+
+
+class Reporter:
+    """Tells what is going on; `console` is replaced in tests."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
+        """Gives a function to be called with the name of each item, when the item is done."""
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            with Progress(*columns, console=self._console, transient=True) as progress:
+                task = progress.add_task(title, total=total)
+                yield lambda item: progress.update(task, advance=1, description=f"{title}: {item}")
+            return
+        every = max(1, total // _LINES_PER_BAR)
+        done = 0
+
+        def count(item: str) -> None:
+            nonlocal done
+            done += 1
+            if done % every == 0 or done == total:
+                self.say(f"{title} {done}/{total}: {item}")
+
+        yield count

@@ -1,0 +1,79 @@
+"""The result tables' columns: names, types, units and meaning, in one place.
+
+Every table carries `schema_version` in its metadata, and every column its meaning (`description`) and, where it has
+one, its `unit` in the field's metadata.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Raised whenever a column is added, removed or changes its meaning."""
+
+_VERSION_KEY = b"schema_version"
+
+
+def _column(name: str, kind: pa.DataType, description: str, *, unit: str = "", nullable: bool = False) -> pa.Field:
+    metadata = {"description": description} | ({"unit": unit} if unit else {})
+    return pa.field(name, kind, nullable=nullable, metadata=metadata)
+
+
+def _table(*columns: pa.Field) -> pa.Schema:
+    return pa.schema(columns, metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()})
+
+
+def version_of(schema: pa.Schema) -> str:
+    """The `schema_version` that a file's schema carries, "" if none."""
+    return (schema.metadata or {}).get(_VERSION_KEY, b"").decode(errors="replace")
+
+
+_WHO = (
+    _column("run_id", pa.string(), "The run that measured this row."),
+    _column("engine", pa.string(), "Engine: vllm, nano, fused or hf."),
+    _column("arm", pa.string(), "The engine's variant that ran, as the engine names it."),
+)
+_SHAPE = (
+    _column("phase", pa.string(), "Kind of step: prefill, decode or mixed."),
+    _column("batch_size", pa.int32(), "Sequences in the step."),
+    _column("new_tokens", pa.int32(), "Tokens computed in the step, over all sequences.", unit="tokens"),
+    _column("context_len", pa.int32(), "Mean tokens already in the cache per sequence.", unit="tokens"),
+    _column("mode", pa.string(), "How the step ran: eager, graph or compiled."),
+    _column("source", pa.string(), "What took the time: cuda_event, cupti or host."),
+    _column("iteration", pa.int32(), "Number of the sample within its shape, from 0."),
+)
+
+LAYERS = _table(
+    *_WHO,
+    *_SHAPE,
+    _column("layer_index", pa.int32(), "Decoder layer from 0; -1 for what lies outside the layers."),
+    _column("block", pa.string(), "embed, attention, mlp, head or sample; layer for a whole decoder layer."),
+    _column("op", pa.string(), "What ran, joined with + where one kernel does several; layer for a whole layer."),
+    _column("kernels", pa.string(), "Names of the GPU kernels that ran, where the source knows them, else empty."),
+    _column("start_us", pa.float64(), "Start, counted from the step's start.", unit="us"),
+    _column("latency_us", pa.float64(), "Duration. A whole layer's includes its ops'.", unit="us"),
+)
+STEPS = _table(
+    *_WHO,
+    *_SHAPE,
+    _column("wall_us", pa.float64(), "Host time of the whole step; null if it failed.", unit="us", nullable=True),
+    _column("gpu_us", pa.float64(), "First to last traced GPU work; null if not traced.", unit="us", nullable=True),
+    _column("host_us", pa.float64(), "Host time outside GPU work; null if not known.", unit="us", nullable=True),
+    _column("instrumented", pa.bool_(), "Whether an instrument ran inside the step; its times are then overstated."),
+    _column("status", pa.string(), "ok, or the reason why this shape has no time."),
+)
+REQUESTS = _table(
+    *_WHO,
+    _column("request_id", pa.string(), "Name of the request within its workload."),
+    _column("prompt_tokens", pa.int32(), "Length of the prompt.", unit="tokens"),
+    _column("output_tokens", pa.int32(), "n, the number of tokens produced.", unit="tokens"),
+    _column("arrival_s", pa.float64(), "When the request arrived, counted from the workload's start.", unit="s"),
+    _column("ttft_ms", pa.float64(), "Time of first token - arrival; null if n = 0.", unit="ms", nullable=True),
+    _column("tpot_ms", pa.float64(), "(last token - first token) / (n - 1); null if n < 2.", unit="ms", nullable=True),
+    _column("itl_ms", pa.list_(pa.float64()), "The n - 1 gaps between one token and the next.", unit="ms"),
+    _column("e2el_ms", pa.float64(), "Time of last token - arrival; null if n = 0.", unit="ms", nullable=True),
+    _column("finish_reason", pa.string(), "length, stop or abort."),
+)
+
+TABLES: dict[str, pa.Schema] = {"layers": LAYERS, "steps": STEPS, "requests": REQUESTS}
+"""Table name (its file is `<name>.parquet`) to schema."""

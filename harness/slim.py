@@ -1,0 +1,97 @@
+"""A run made small enough to commit: fewer iterations, the same columns, and a note that says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from engines.base import InputError
+from harness.results import RUN_FILE, load
+from harness.schema import TABLES
+
+_DECIMALS = 3
+"""Floats keep this many decimals of their unit (1 ns of a us, 1 us of a ms): far below noise, and it compresses."""
+_ZSTD_LEVEL = 19
+_CONFIG_FILES = ("config.yaml", "overrides.yaml")
+"""What is kept of `.hydra/`; its hydra.yaml tells only where the run stood on its machine."""
+_SHAPE = ["engine", "arm", "phase", "batch_size", "new_tokens", "context_len", "mode", "source"]
+
+
+def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
+    """Copy the run in `run_dir` to the folder `target` with at most `max_iterations` iterations of each shape.
+
+    Iterations are taken evenly from first to last, so that drift stays visible, and a kept iteration keeps all its
+    layers and ops. Requests all stay. `run.json` gets `slimmed` with what was done, and loses the folders of absolute
+    paths. A run that stood in `target` is replaced. InputError: `run_dir` is no readable run, or `target` is not free.
+    """
+    source, target = Path(run_dir), Path(target)
+    runs = load(source)
+    if len(runs.runs) != 1 or not (source / RUN_FILE).is_file():
+        raise InputError(f"{source} is not the folder of one run.")
+    if target.exists() and not (target / RUN_FILE).is_file():
+        raise InputError(f"{target} exists and is not a run; nothing was replaced.")
+    if target.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(target.resolve()):
+        raise InputError(f"{target} and {source} lie in each other.")
+    temp = target.with_name(f".{target.name}.slim")
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    frames = {"layers": runs.layers, "steps": runs.steps, "requests": runs.requests}
+    rows = {}
+    for name, schema in TABLES.items():
+        keys = [*_SHAPE, "instrumented"] if name == "steps" else _SHAPE
+        frame = frames[name] if name == "requests" else _thinned(frames[name], keys, max_iterations)
+        rows[name] = [len(frames[name]), len(frame)]
+        table = _rounded(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
+        table = table.replace_schema_metadata(schema.metadata)
+        pq.write_table(table, temp / f"{name}.parquet", compression="zstd", compression_level=_ZSTD_LEVEL)
+    record = {key: value for key, value in runs.runs[0].items() if key != "run_dir"}
+    record["slimmed"] = {"max_iterations": max_iterations, "decimals": _DECIMALS, "rows_before_after": rows}
+    (temp / RUN_FILE).write_text(json.dumps(_without_folders(record), indent=2) + "\n")
+    for file in _CONFIG_FILES:
+        if (source / ".hydra" / file).is_file():
+            (temp / ".hydra").mkdir(exist_ok=True)
+            shutil.copyfile(source / ".hydra" / file, temp / ".hydra" / file)
+    shutil.rmtree(target, ignore_errors=True)
+    temp.rename(target)
+
+
+def _thinned(frame: pd.DataFrame, keys: list[str], max_iterations: int) -> pd.DataFrame:
+    """Rows of `frame` whose iteration is among the `max_iterations` evenly spaced ones of its group."""
+    if frame.empty:
+        return frame
+    rank = frame.groupby(keys, sort=False)["iteration"].rank(method="dense").to_numpy().astype(np.int64) - 1
+    count = pd.Series(rank, index=frame.index).groupby([frame[k] for k in keys], sort=False).transform("max") + 1
+    n = np.minimum(count.to_numpy(), max_iterations)
+    # Of ranks 0..count-1 keep floor(j * count / n) for j = 0..n-1: a rank is kept if some such j lands on it.
+    j = -(-rank * n // count.to_numpy())
+    kept = (j < n) & (j * count.to_numpy() // n == rank)
+    return frame[kept]
+
+
+def _rounded(table: pa.Table) -> pa.Table:
+    for index, column in enumerate(table.schema):
+        values = table.column(index).combine_chunks()
+        if pa.types.is_floating(column.type):
+            values = pc.round(values, _DECIMALS)
+        elif pa.types.is_list(column.type):
+            values = pa.ListArray.from_arrays(values.offsets, pc.round(values.values, _DECIMALS)).cast(column.type)
+        table = table.set_column(index, column, values)
+    return table
+
+
+def _without_folders(value: Any) -> Any:
+    """`value` with every string that is an absolute path cut down to its last part."""
+    if isinstance(value, dict):
+        return {key: _without_folders(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(v) for v in value]
+    is_path = isinstance(value, str) and value.startswith("/") and "\n" not in value
+    return Path(value).name if is_path else value
