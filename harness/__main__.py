@@ -135,7 +135,11 @@ def job(node: DictConfig) -> None:
         if sweep:
             raise  # Hydra then starts no further run
     except Exception as error:
-        traceback.print_exc()
+        if type(error).__name__ == "RunFailed":  # by name: its module brings torch, which a wrong command line never needs
+            show_traceback_if_asked()
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exc()
         print(f"The run failed; its folder: {shown}", file=sys.stderr)
         SESSION.failed(FAILED, run_dir.name, f"{type(error).__name__}: {error}")
     else:

@@ -88,7 +88,12 @@ def _run(*command: str) -> str | None:
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that `folder` lies in, and whether tracked files differ from it; None outside one."""
+    """Commit of the checkout that `folder` lies in, and whether tracked files differ from it; None outside one.
+
+    A copy without its repository can be told its commit by HARNESS_GIT_COMMIT; whether it differs is then not known.
+    """
+    if told := os.environ.get("HARNESS_GIT_COMMIT"):
+        return {"commit": told, "dirty": None}
     commit = _run("git", "-C", str(folder), "rev-parse", "HEAD")
     changes = _run("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}

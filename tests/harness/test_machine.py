@@ -193,6 +193,11 @@ def test_children_are_ours() -> None:
         child.communicate(b"\n")
 
 
+def test_a_copy_can_be_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_GIT_COMMIT", "abc123")
+    assert machine._git_state(tmp_path) == {"commit": "abc123", "dirty": None}
+
+
 def test_git_state(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()
