@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _DECIMALS = 3
 _ZSTD_LEVEL = 19
 _CONFIG_FILES = ("config.yaml", "overrides.yaml")
 """What is kept of `.hydra/`; its hydra.yaml tells only where the run stood on its machine."""
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.@+-]+/)*([\w.@+-]+)")
 _SHAPE = ["engine", "arm", "phase", "batch_size", "new_tokens", "context_len", "mode", "source"]
 
 
@@ -58,7 +60,8 @@ def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
     for file in _CONFIG_FILES:
         if (source / ".hydra" / file).is_file():
             (temp / ".hydra").mkdir(exist_ok=True)
-            shutil.copyfile(source / ".hydra" / file, temp / ".hydra" / file)
+            text = (source / ".hydra" / file).read_text()
+            (temp / ".hydra" / file).write_text(_without_folders(text))
     shutil.rmtree(target, ignore_errors=True)
     temp.rename(target)
 
@@ -88,10 +91,9 @@ def _rounded(table: pa.Table) -> pa.Table:
 
 
 def _without_folders(value: Any) -> Any:
-    """`value` with every string that is an absolute path cut down to its last part."""
+    """`value` with every absolute path cut down to its last part, in sentences too, and without the GPU's serial id."""
     if isinstance(value, dict):
-        return {key: _without_folders(v) for key, v in value.items()}
+        return {key: _without_folders(v) for key, v in value.items() if key != "uuid"}
     if isinstance(value, list):
         return [_without_folders(v) for v in value]
-    is_path = isinstance(value, str) and value.startswith("/") and "\n" not in value
-    return Path(value).name if is_path else value
+    return _ABSOLUTE_PATH.sub(r"\1", value) if isinstance(value, str) else value

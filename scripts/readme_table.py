@@ -15,8 +15,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engines.base import InputError  # noqa: E402
-from harness.results import load  # noqa: E402
+from engines.base import InputError
+from harness.results import load
 
 ENGINES = ("vllm", "nano", "fused")
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -25,23 +25,19 @@ START, END = "<!-- results -->", "<!-- /results -->"
 def step_rows(runs: list[dict[str, Any]]) -> list[str]:
     """One row per shape of the latency runs: milliseconds per step of each engine."""
     times: dict[tuple[str, int, int], dict[str, str]] = {}
-    medians: dict[tuple[str, int, int], dict[str, float]] = {}
     for run in runs:
         for shape in run["shapes"]:
             key = (shape["phase"], shape["batch_size"], shape["tokens"])
             timed = shape.get("timed", {"status": "not reached"})
             if timed["status"] == "ok":
                 low, high = timed["wall_us_low"] / 1e3, timed["wall_us_high"] / 1e3
-                medians.setdefault(key, {})[run["engine"]] = timed["wall_us"]
                 cell = f"{timed['wall_us'] / 1e3:.2f} ({low:.2f} to {high:.2f})"
             else:
                 cell = timed["status"]
             times.setdefault(key, {})[run["engine"]] = cell
     rows = []
     for (phase, batch, tokens), cells in times.items():
-        what = (
-            f"prefill, {batch} × {tokens} tokens" if phase == "prefill" else f"decode, batch {batch}, context {tokens}"
-        )
+        size = f"{batch} × {tokens} tokens" if phase == "prefill" else f"batch {batch}, context {tokens}"
         rows.append(f"| {phase}, {size}, ms | {' | '.join(cells.get(e, '') for e in ENGINES)} |")
     return rows
 
@@ -67,7 +63,9 @@ def table(folder: Path) -> str:
     vllm = next((r["notes"]["version"] for r in latency if r["engine"] == "vllm"), "none")
     source = (
         f"One {gpu}, {first['weights']['source']} weights, torch {versions['torch']}, Triton {versions['triton']}, "
-        f"vLLM {vllm}. Steps: median of the wall time of one engine step with its 95 % interval. "
+        f"vLLM {vllm}. Steps: median wall time of one engine step with its 95 % interval; vLLM's run in process, one "
+        "scheduler step at a time, so that its host work is not hidden behind the GPU; its requests run in its own "
+        "default way. Each engine was measured in a run of its own, not interleaved. "
         f"Runs: `{folder.as_posix()}`; "
         "table: `python scripts/readme_table.py --write`."
     )
