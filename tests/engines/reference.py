@@ -44,8 +44,8 @@ def text_prompts(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
     text = (
         b"The engine keeps the keys and values of every token that it has seen in blocks of a paged cache. A block "
         b"belongs to one sequence or to many that begin alike. When no block is free, the sequence that came last "
-        b"gives its blocks back and starts again later. Nothing that it has said is lost, and what it says next does not "
-        b"change for it. "
+        b"gives its blocks back and starts again later. Nothing that it has said is lost, and what it says next does "
+        b"not change for it. "
     ) * 3
     rng = random.Random(seed)
     starts = [rng.randrange(len(text) - max(lengths)) for _ in lengths]
