@@ -174,7 +174,7 @@ class InstrumentConf:
     eager: bool = True
     graph: bool = True
     precision: float = 0.01
-    min_iterations: int = 5
+    min_iterations: int = 30
     max_iterations: int = 500
     max_seconds_per_shape: float = 5.0
     traced_iterations: int = 10
