@@ -63,7 +63,7 @@ def check_package(engine: EngineConf) -> None:
         return
     raise InputError(
         f"The engine {engine.name} needs the package {engine.package}, which is not installed: "
-        f"pip install -e '.[{install_extra(engine)}]'"
+        f"pip install -e '.[{install_extra(engine)}]' (python -m harness.doctor prints all that this machine needs)"
     )
 
 
