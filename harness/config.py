@@ -167,7 +167,7 @@ class InstrumentConf:
     """How it is measured: `nvtx` ranges, an `eager` pass with ops, a `graph` pass with layers inside CUDA graphs.
 
     The timed pass of a shape ends once its median is known to `precision` (relative), within the bounds on iterations
-    and seconds; instrumented passes take `traced_iterations` steps.
+    and seconds (of two that cross, `max_iterations` counts); instrumented passes take `traced_iterations` steps.
     """
 
     nvtx: bool = True
@@ -181,8 +181,7 @@ class InstrumentConf:
 
     def __post_init__(self) -> None:
         _require(0 < self.precision < 1, "instrument.precision", "between 0 and 1", self.precision)
-        _at_least(1, "instrument.", self, "min_iterations", "traced_iterations")
-        _at_least(self.min_iterations, "instrument.", self, "max_iterations")
+        _at_least(1, "instrument.", self, "min_iterations", "max_iterations", "traced_iterations")
         seconds = self.max_seconds_per_shape
         _require(seconds > 0, "instrument.max_seconds_per_shape", "above 0", seconds)
 

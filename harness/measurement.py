@@ -103,9 +103,8 @@ class Measurement:
             with self._failing(shape, TIMED), undisturbed():
                 for _ in range(PREFILL_WARMUP if shape.phase == "prefill" else 0):
                     next(source)
-                rule = StoppingRule(
-                    conf.precision, conf.min_iterations, conf.max_iterations, conf.max_seconds_per_shape
-                )
+                fewest = min(conf.min_iterations, conf.max_iterations)
+                rule = StoppingRule(conf.precision, fewest, conf.max_iterations, conf.max_seconds_per_shape)
                 while (reason := rule.done) is None:
                     samples.append(next(source))
                     rule.add(samples[-1].wall_us)

@@ -95,7 +95,7 @@ def test_throughput_is_nano_vllms_benchmark() -> None:
         ("workload.temperature=-0.1", "temperature must be 0"),
         ("workload.kind=serve", "workload.kind must be one of steps, throughput"),
         ("instrument.precision=0", "instrument.precision must be between 0 and 1"),
-        ("instrument.max_iterations=1", "instrument.max_iterations must be at least 5, not 1"),
+        ("instrument.max_iterations=0", "instrument.max_iterations must be at least 1, not 0"),
         ("model.num_kv_heads=5", r"divisor of num_heads \(16\), not 5"),
         ("model.architecture=gpt2", "model.architecture must be one of"),
         ("model.eos_token_id=151936", "in the vocabulary"),
