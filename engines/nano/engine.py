@@ -35,21 +35,22 @@ from engines.nano.utils import compile as compilation
 
 @dataclass(slots=True)
 class Ran:
-    """A step that ran, as the scheduler left it. `sizes` are (new tokens, tokens in the cache before), for prefills."""
+    """A step that ran, as the scheduler left it. `sizes` are (new tokens, tokens in the cache, length) before
+    it, kept for prefills; decode steps follow from what they left."""
 
     sequences: list[Sequence]
     is_prefill: bool
-    sizes: list[tuple[int, int]]
+    sizes: list[tuple[int, int, int]]
     token_ids: list[int] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
 
     def describe(self) -> Step:
-        # In decode a sequence computed its newest token but one, on top of all before it.
-        sizes = self.sizes or [(1, len(s) - 2) for s in self.sequences]
-        scheduled = tuple(Scheduled(s.request_id, *size) for s, size in zip(self.sequences, sizes, strict=True))
-        drawn = zip(self.sequences, sizes, self.token_ids, strict=True)
-        # A sequence that still has more than its newest token to compute was in the middle of its prompt.
-        tokens = tuple((s.request_id, token) for s, (new, cached), token in drawn if new + cached == len(s) - 1)
+        sizes = self.sizes or [(1, len(s) - 2, len(s) - 1) for s in self.sequences]
+        ran = list(zip(self.sequences, sizes, strict=True))
+        scheduled = tuple(Scheduled(s.request_id, new, cached) for s, (new, cached, _) in ran)
+        # A sequence of which something was still to compute was in the middle of its prompt: its token means nothing.
+        drawn = zip(ran, self.token_ids, strict=True)
+        tokens = tuple((s.request_id, token) for (s, (new, cached, length)), token in drawn if new + cached == length)
         finished = tuple(s.request_id for s in self.finished)
         return Step("prefill" if self.is_prefill else "decode", scheduled, tokens, finished)
 
@@ -128,7 +129,7 @@ class LLM(OfflineCalls):
         """One scheduler step. What it was is told by `last_step`, so that the telling costs the step nothing."""
         sequences, is_prefill = self.scheduler.schedule()
         self._last = Ran(
-            sequences, is_prefill, [(s.num_scheduled, s.num_cached) for s in sequences] if is_prefill else []
+            sequences, is_prefill, [(s.num_scheduled, s.num_cached, len(s)) for s in sequences] if is_prefill else []
         )
         self._last.token_ids = self.runner.run(sequences, is_prefill)
         self._last.finished = self.scheduler.postprocess(sequences, self._last.token_ids)
@@ -146,8 +147,8 @@ class LLM(OfflineCalls):
         self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
     ) -> list[RequestResult]:
         """All requests at once, at full speed."""
-        sequences = [self.add(request) for request in requests]
         arrival = time.perf_counter()
+        sequences = [self.add(request) for request in requests]
         times: dict[str, list[float]] = {s.request_id: [] for s in sequences}
         results: dict[str, RequestResult] = {}
         while self.has_unfinished():

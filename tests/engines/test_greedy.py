@@ -69,6 +69,15 @@ def test_chunked_prefill(variant, prompts, expected):
     assert tokens_of(engine, requests) == expected
 
 
+def test_a_chunk_one_token_short_of_its_prompt_yields_no_token(variant, prompts):
+    engine = variant(max_num_batched_tokens=16)
+    (request,) = reference.requests([prompts[2]], 1)
+    assert len(request.prompt_token_ids) == 17
+    engine.add(request)
+    assert step(engine).tokens == ()
+    assert len(step(engine).tokens) == 1
+
+
 def test_preemption(variant, prompts, expected):
     engine = variant(kv_cache_tokens=64)
     assert tokens_of(engine, reference.requests(prompts, NUM_TOKENS)) == expected
