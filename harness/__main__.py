@@ -135,9 +135,9 @@ def job(node: DictConfig) -> None:
         if sweep:
             raise  # Hydra then starts no further run
     except Exception as error:
-        if (
-            type(error).__name__ == "RunFailed"
-        ):  # by name: its module brings torch, which a wrong command line never needs
+        from harness.runner import RunFailed
+
+        if isinstance(error, RunFailed):
             show_traceback_if_asked()
             print(error, file=sys.stderr)
         else:
