@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from engines.base import InputError
 from harness.config import CONF_DIR, CONFIG_NAME, Config, EngineConf, to_config
+from harness.errors import RunFailed
 from harness.folders import discard_empty_sweep, discard_unmeasured
 from harness.overrides import combinations, fixed_keys
 
@@ -135,8 +136,6 @@ def job(node: DictConfig) -> None:
         if sweep:
             raise  # Hydra then starts no further run
     except Exception as error:
-        from harness.runner import RunFailed
-
         if isinstance(error, RunFailed):
             show_traceback_if_asked()
             print(error, file=sys.stderr)

@@ -22,6 +22,7 @@ import torch
 from engines.base import Engine, EngineConfig, InputError
 from harness import machine
 from harness.config import Config
+from harness.errors import RunFailed
 from harness.instruments.nvtx import Ranges
 from harness.limits import Work, check_capacity, device_of, engine_config, too_large
 from harness.measurement import TIMED, Measurement
@@ -34,10 +35,6 @@ from harness.workloads import Shape
 
 LOWEST_CLOSURE, HIGHEST_CLOSURE = 0.98, 1.02
 """Closure outside these is told as a doubt."""
-
-
-class RunFailed(RuntimeError):
-    """The run has no valid measurements; the message is one sentence that says why. Its folder says more."""
 
 
 def run(config: Config, run_dir: Path, reporter: Reporter | None = None) -> dict[str, Any]:
