@@ -43,7 +43,11 @@ def run(config: Config, run_dir: Path, reporter: Reporter | None = None) -> dict
     InputError: it cannot be done, and nothing was written. RunFailed: verification failed, or no shape could be timed.
     KeyboardInterrupt: what was measured is kept.
     """
-    return _Run(config, run_dir, reporter or Reporter()).execute()
+    session = Session(config, run_dir, reporter or Reporter())
+    with session.started():
+        session.measure()
+    print_summary(run_dir)
+    return session.record
 
 
 def start_engine(target: str, config: EngineConfig) -> Engine:
@@ -56,7 +60,9 @@ def start_engine(target: str, config: EngineConfig) -> Engine:
     return made(config)
 
 
-class _Run:
+class Session:
+    """One engine and the run folder that its results go to. Inside `started` the engine runs and its output is verified."""
+
     def __init__(self, config: Config, run_dir: Path, reporter: Reporter) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -69,7 +75,9 @@ class _Run:
         self.warnings: list[str] = []
         self.record: dict[str, Any] = {}
 
-    def execute(self) -> dict[str, Any]:
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """The engine from its start to its end. What was measured is written at the end, whatever happened."""
         checked = engine_config(self.config, self.work, Path(), self.device)  # before gigabytes are written
         self._start_record(checked)
         with self._phase("weights"):
@@ -89,7 +97,8 @@ class _Run:
             status = "failed"
             try:
                 with self.ranges.run(f"{engine.name} {self.config.model.name} {self.config.workload.name}"):
-                    self._measure(weights.path, checked.dtype)
+                    self._verify(weights.path, checked.dtype)
+                    yield
                 status = "ok"
             except KeyboardInterrupt:
                 status = "interrupted"
@@ -101,8 +110,6 @@ class _Run:
                 self._finish(status)
         finally:
             engine.close()
-        print_summary(self.run_dir)
-        return self.record
 
     def _start_record(self, limits: EngineConfig) -> None:
         config = asdict(self.config)
@@ -140,8 +147,8 @@ class _Run:
         self.warnings += [f"{reason} It is left out." for reason in reasons.values() if reason]
         return [shape for shape, reason in reasons.items() if not reason]
 
-    def _measure(self, checkpoint: Path, dtype: str) -> None:
-        self._verify(checkpoint, dtype)
+    def measure(self) -> None:
+        """All passes of the config's workload. RunFailed: no shape could be timed."""
         measured = self.measured
         if self.work.requests:
             with self._phase("serve"):
