@@ -7,7 +7,7 @@ cost is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 StepKind = Literal["prefill", "decode", "mixed"]
 TraceMode = Literal["eager", "graph"]
 
-BLOCKS = ("embed", "attention", "mlp", "head", "sample")
+BLOCKS = ("embed", "attention", "mlp", "head", "sample", "step")
+"""`step` is the GPU's work around the model: its inputs brought and computed, its tokens copied to the host."""
 OPS = (
     "embed", "input_norm", "qkv_proj", "qk_norm", "rope", "kv_write", "attention", "o_proj", "post_norm",
-    "gate_up_proj", "silu_mul", "down_proj", "final_norm", "lm_head", "sample",
+    "gate_up_proj", "silu_mul", "down_proj", "final_norm", "lm_head", "sample", "prepare", "read_back",
 )  # fmt: skip
+HOST_PHASES = ("schedule", "prepare", "launch", "sample", "finish")
+"""What the host does in a step, in this order: choose sequences, make the model's inputs, launch its kernels, launch
+sampling, take the tokens in."""
+HostPhases = Mapping[str, Sequence[tuple[Any, str]]]
+"""Phase to the methods, as (object, name), in which it happens."""
 WHOLE_LAYER = "layer"
 """`block` and `op` of an interval that spans a whole decoder layer."""
 NO_LAYER = -1
@@ -270,6 +276,10 @@ class Engine(Protocol):
 
     def score(self, requests: Iterable[Request]) -> list[Scored]:
         """Continue prompts greedily through the normal path (graphs included), keeping each token's logits."""
+        ...
+
+    def host_phases(self) -> HostPhases:
+        """The methods that a step calls on the host, as it runs now; empty where they cannot be told."""
         ...
 
     def attach(self, probe: Probe, mode: TraceMode) -> None:

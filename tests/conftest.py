@@ -1,4 +1,4 @@
-"""Choices for the whole test process: how Triton's kernels run where there is no GPU.
+"""Choices for the whole test process: how Triton's kernels run where there is no GPU, and which examples are tried.
 
 Without CUDA they are made for Triton's interpreter, which must be decided before `kernels` is first imported. The
 variable is taken away again at once, so that processes which tests start are not slowed by it. The interpreter is slow,
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     import kernels
@@ -19,6 +20,11 @@ else:
     import kernels
 
     del os.environ["TRITON_INTERPRET"]
+
+# The same examples in each run. Others: --hypothesis-profile=random, with --hypothesis-seed=N to have them again.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,6 +37,8 @@ class FusedOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tensor_parallel_size != 1:
+            raise InputError("Engine fused runs on one GPU: tensor_parallel_size must be 1 (engine nano takes more).")
         object.__setattr__(self, "features", tuple(self.features))
         unknown = [feature for feature in self.features if feature not in FEATURES]
         if unknown:

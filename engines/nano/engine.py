@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from engines.base import (
     Capacity,
     EngineConfig,
+    HostPhases,
     InputError,
     Probe,
     Request,
@@ -28,6 +30,7 @@ from engines.nano.block_manager import BlockManager
 from engines.nano.model_runner import ModelRunner
 from engines.nano.offline import OfflineCalls, config_of
 from engines.nano.options import Options
+from engines.nano.parallel import LeadingRunner
 from engines.nano.scheduler import Scheduler
 from engines.nano.sequence import Sequence
 from engines.nano.utils import compile as compilation
@@ -74,9 +77,7 @@ class LLM(OfflineCalls):
             raise InputError("There is no CUDA device on this machine; use device=cpu.")
         compilation.enabled = self.options.compile
         torch.manual_seed(config.seed)
-        self.runner = ModelRunner(
-            config, self.options.block_size, self.options.attention_backend, self.options.enforce_eager, self.prepare
-        )
+        self.runner = self._start_runner()
         blocks = BlockManager(self.runner.num_blocks, self.options.block_size, config.prefix_caching)
         self.scheduler = Scheduler(
             blocks, config.max_num_seqs, config.max_num_batched_tokens, self.runner.model_config.eos_token_ids
@@ -87,6 +88,13 @@ class LLM(OfflineCalls):
         )  # fmt: skip
         self._last = Ran([], False, [])
         self._closed = False
+
+    def _start_runner(self) -> ModelRunner:
+        if self.options.tensor_parallel_size == 1:
+            return ModelRunner(self.config, self.options, self.prepare)
+        runner = LeadingRunner(self.config, self.options, self.prepare)
+        weakref.finalize(self, runner.close)  # at the latest when this process exits
+        return runner
 
     def prepare(self, runner: ModelRunner) -> None:
         """Change the model between loading and its first step; nano has nothing to change."""
@@ -147,17 +155,28 @@ class LLM(OfflineCalls):
         self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
     ) -> list[RequestResult]:
         """All requests at once, at full speed."""
+        requests = list(requests)
+        try:
+            return self._serve(requests, on_finish)
+        except BaseException:  # one of them cannot run, or the user interrupts: what is queued must not run later
+            self.abort(request.request_id for request in requests)
+            raise
+
+    def _serve(self, requests: list[Request], on_finish: Callable[[RequestResult], None] | None) -> list[RequestResult]:
         arrival = time.perf_counter()
         sequences = [self.add(request) for request in requests]
         times: dict[str, list[float]] = {s.request_id: [] for s in sequences}
         results: dict[str, RequestResult] = {}
-        while self.has_unfinished():
+        while self.has_unfinished() and len(results) < len(sequences):
             self.advance()
             now = time.perf_counter()
-            for sequence in self._last.sequences:
-                if len(times[sequence.request_id]) < sequence.num_output:  # a chunk of a prompt gives no token
-                    times[sequence.request_id].append(now)
+            for sequence in self._last.sequences:  # some may be of a stream that waits meanwhile
+                seen = times.get(sequence.request_id)
+                if seen is not None and len(seen) < sequence.num_output:  # a chunk of a prompt gives no token
+                    seen.append(now)
             for sequence in self._last.finished:
+                if sequence.request_id not in times:
+                    continue
                 name, tokens = sequence.request_id, tuple(sequence.output_token_ids)
                 results[name] = RequestResult(
                     name, sequence.num_prompt, tokens, arrival, tuple(times[name]), sequence.finish_reason
@@ -189,7 +208,13 @@ class LLM(OfflineCalls):
             Scored(r.prompt_token_ids, tuple(tokens[r.request_id]), torch.stack(logits[r.request_id])) for r in requests
         ]
 
+    def host_phases(self) -> HostPhases:
+        schedule, finish = [(self.scheduler, "schedule")], [(self.scheduler, "postprocess")]
+        return {"schedule": schedule, **self.runner.host_phases(), "finish": finish}
+
     def attach(self, probe: Probe, mode: TraceMode) -> None:
+        if self.options.tensor_parallel_size > 1:
+            raise TraceUnsupported("Layers are traced with tensor_parallel_size 1 only: all ranks must run alike.")
         if mode == "graph" and self.runner.graphs is None:
             raise TraceUnsupported(f"{self.name} runs without CUDA graphs here.")
         self.runner.attach(probe, mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class DecodeBuffers:
         self._numbers_view = self.host.numpy()
         self._tables_view = self.host_tables.numpy()
         self._shown: list[tuple[str, int]] = []  # (request, blocks) of each row of the table on the device
+        self._changed = False  # whether the step's tables differ from the ones before
 
     def fill(self, sequences: list[Sequence], block_size: int) -> int:
         """Write the step's inputs; returns the number of rows. Rows beyond it are made harmless."""
@@ -45,10 +47,22 @@ class DecodeBuffers:
         view[2, :rows] *= block_size
         view[2, :rows] += view[1, :rows] % block_size
         view[3, :rows] = lengths
-        view[:, rows:] = 0
-        view[2, rows:] = -1  # writes nothing
-        self.numbers.copy_(self.host, non_blocking=True)
+        self._upload(rows)
         self._fill_tables(sequences)
+        return rows
+
+    def written(self, rows: int, blocks: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Copies of what `fill` wrote, for another rank: [4, rows], and tables [rows, blocks] if any row changed."""
+        return self._numbers_view[:, :rows].copy(), self._tables_view[:rows, :blocks].copy() if self._changed else None
+
+    def take(self, numbers: np.ndarray, tables: np.ndarray | None) -> int:
+        """Be filled with what another rank has `written`; returns the number of rows."""
+        rows = numbers.shape[1]
+        self._numbers_view[:, :rows] = numbers
+        self._upload(rows)
+        if tables is not None:
+            self._tables_view[:rows, : tables.shape[1]] = tables
+            self.block_tables[:rows].copy_(self.host_tables[:rows], non_blocking=True)
         return rows
 
     def forget(self) -> None:
@@ -69,9 +83,15 @@ class DecodeBuffers:
             max_seqlen_k=max_seqlen_k or self.max_model_len,
         )
 
+    def _upload(self, rows: int) -> None:
+        self._numbers_view[:, rows:] = 0
+        self._numbers_view[2, rows:] = -1  # writes nothing
+        self.numbers.copy_(self.host, non_blocking=True)
+
     def _fill_tables(self, sequences: list[Sequence]) -> None:
         shown = [(s.request_id, len(s.block_table)) for s in sequences]
-        if shown == self._shown:
+        self._changed = shown != self._shown
+        if not self._changed:
             return
         for row, sequence in enumerate(sequences):
             if row >= len(self._shown) or shown[row] != self._shown[row]:

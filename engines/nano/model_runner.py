@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engines.base import NO_LAYER, EngineConfig, InputError, Probe, Request, SamplingParams, Site, TraceMode, hook
+from engines.base import (
+    NO_LAYER,
+    EngineConfig,
+    HostPhases,
+    InputError,
+    Probe,
+    Request,
+    SamplingParams,
+    Site,
+    TraceMode,
+    hook,
+)
 from engines.nano.graphs import BATCH_SIZES, DecodeBuffers, DecodeGraphs
 from engines.nano.layers.attention import choose_backend
 from engines.nano.layers.sampler import Sampler, SamplingBatch
 from engines.nano.models import Decoder, read_model
+from engines.nano.options import Options
+from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
-from engines.nano.utils.context import StepContext
 from engines.nano.utils.loader import load_weights
+from engines.nano.utils.memory import Memory, untracked
 
 CPU_CACHE_BYTES = 4 * 2**30
 
@@ -25,37 +37,41 @@ class ModelRunner:
     """One model on one device, with its paged cache [2, layers, blocks, block_size, kv_heads, head_dim]."""
 
     def __init__(
-        self, config: EngineConfig, block_size: int, attention: str, eager: bool, prepare: Callable[[ModelRunner], None]
-    ):
+        self, config: EngineConfig, options: Options, prepare: Callable[[ModelRunner], None], rank: int = 0
+    ) -> None:
         self.config = config
-        self.block_size = block_size
+        self.block_size = options.block_size
+        self.eager = options.enforce_eager
+        self.rank, self.ranks = rank, options.tensor_parallel_size
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         if self.device.type == "cuda":
-            self.free_at_start = torch.cuda.mem_get_info()[0]
+            self.untracked_at_start = untracked()
         self.model_config, family = read_model(Path(config.checkpoint))
+        self.share = self.model_config.share(rank, self.ranks)
         self.max_model_len = self._check_length(config.max_model_len)
-        self.backend_name, backend = choose_backend(attention, self.device, self.dtype)
+        self.backend_name, backend = choose_backend(options.attention_backend, self.device, self.dtype)
         with torch.device(self.device):
             default = torch.get_default_dtype()
             torch.set_default_dtype(self.dtype)
             try:
-                self.model = Decoder(self.model_config, family, self.max_model_len, backend)
+                self.model = Decoder(self.share, family, self.max_model_len, backend)
             finally:
                 torch.set_default_dtype(default)
-        load_weights(self.model, Path(config.checkpoint))
+        load_weights(self.model, Path(config.checkpoint), rank, self.ranks)
         self.model.eval().requires_grad_(False)
         prepare(self)  # an engine with layers of its own puts them in here
         self.sampler = Sampler()
         self.kept_logits: Tensor | None = None
         self.keep_logits = False
-        self.max_blocks = -(-self.max_model_len // block_size)
+        self.max_blocks = -(-self.max_model_len // self.block_size)
         self.buffers = DecodeBuffers(config.max_num_seqs, self.max_blocks, self.max_model_len, self.device)
-        self.num_blocks = self._allocate_cache()
         self.graphs: DecodeGraphs | None = None
         self._plain_graphs: DecodeGraphs | None = None
         self._unhook = lambda: None
-        if self.device.type == "cuda" and not eager:
+        self._meet()
+        self.num_blocks = self._allocate_cache()
+        if self.device.type == "cuda" and not self.eager:
             self.graphs = self._capture()
 
     @property
@@ -66,17 +82,30 @@ class ModelRunner:
     def run(self, sequences: list[Sequence], is_prefill: bool) -> list[int]:
         """Compute the scheduled tokens of `sequences` and draw one token for each."""
         if is_prefill:
-            token_ids, positions, context = self._prepare_prefill(sequences)
-            logits = self.model.logits(self.model(token_ids, positions, context), context)
+            logits = self._prefill(self._inputs(sequences))
             self.buffers.forget()
         else:
             rows = self.buffers.fill(sequences, self.block_size)
             logits = self._decode(rows, max(len(s) for s in sequences))
-        settings = [(s.sampling, len(s)) for s in sequences]
-        tokens = self.sampler(logits, SamplingBatch.of(settings, self.model_config.vocab_size, self.device))
+        return self._sample(sequences, logits)
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
+        tokens = self._draw(sequences, logits)
         if self.keep_logits:
             self.kept_logits = logits.float().cpu()
         return tokens.tolist()
+
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+        settings = [(s.sampling, len(s)) for s in sequences]
+        return self.sampler(logits, SamplingBatch.of(settings, self.model_config.vocab_size, self.device))
+
+    def host_phases(self) -> HostPhases:
+        """The runner's part of what a step does on the host."""
+        return {
+            "prepare": [(self.buffers, "fill"), (self, "_inputs")],
+            "launch": [(self, "_prefill"), (self, "_decode")],
+            "sample": [(self, "_draw")],
+        }
 
     def attach(self, probe: Probe, mode: TraceMode) -> None:
         """Hooks on; graphs off (`eager`) or captured anew with the hooks inside (`graph`)."""
@@ -101,44 +130,22 @@ class ModelRunner:
             raise InputError(f"max_model_len {wanted} is more than the model takes, {self.model_config.max_position}.")
         return wanted
 
+    def _meet(self) -> None:
+        """Called once the model is loaded: where other ranks would be met."""
+
+    def _inputs(self, sequences: list[Sequence]) -> PrefillInputs:
+        return PrefillInputs.of(sequences, self.block_size)
+
+    def _prefill(self, inputs: PrefillInputs) -> Tensor:
+        token_ids, positions, context = inputs.upload(self.device)
+        return self.model.logits(self.model(token_ids, positions, context), context)
+
     def _decode(self, rows: int, longest: int) -> Tensor:
         if self.graphs is not None and rows <= self.graphs.largest:
             hidden = self.graphs.replay(rows)
             return self.model.lm_head(hidden)
         context = self.buffers.context(rows, longest)
         return self.model.logits(self.model(*self.buffers.inputs(rows), context), context)
-
-    def _prepare_prefill(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor, StepContext]:
-        token_ids: list[int] = []
-        positions, slots = [], []
-        lengths_q, lengths_k = [], []
-        tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int32)
-        for row, sequence in enumerate(sequences):
-            start, end = sequence.num_cached, sequence.num_cached + sequence.num_scheduled
-            tables[row, : len(sequence.block_table)] = sequence.block_table
-            where = np.arange(start, end, dtype=np.int64)
-            token_ids += sequence.token_ids[start:end]
-            positions.append(where)
-            slots.append(tables[row, where // self.block_size] * self.block_size + where % self.block_size)
-            lengths_q.append(end - start)
-            lengths_k.append(end)
-        starts = np.concatenate(([0], np.cumsum(lengths_q))).astype(np.int32)
-        cu_seqlens_q = self._upload(starts)
-        context = StepContext(
-            slot_mapping=self._upload(np.concatenate(slots).astype(np.int32)),
-            cu_seqlens_q=cu_seqlens_q,
-            seqlens_k=self._upload(np.array(lengths_k, np.int32)),
-            block_tables=self._upload(tables),
-            max_seqlen_q=max(lengths_q),
-            max_seqlen_k=max(lengths_k),
-            cu_seqlens_k=cu_seqlens_q if lengths_q == lengths_k else None,
-            last_tokens=self._upload(starts[1:].astype(np.int64) - 1),
-        )
-        return self._upload(np.array(token_ids, np.int64)), self._upload(np.concatenate(positions)), context
-
-    def _upload(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _capture(self) -> DecodeGraphs:
         largest = min(self.config.max_num_seqs, BATCH_SIZES[-1])
@@ -149,23 +156,12 @@ class ModelRunner:
 
     @property
     def _token_bytes(self) -> int:
-        c = self.model_config
+        c = self.share
         return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
 
     def _allocate_cache(self) -> int:
         """Size the cache and make it; returns its blocks."""
-        if self.device.type == "cuda":
-            largest_step = self._warm_up()
-        if self.config.kv_cache_tokens is not None:
-            blocks = self.config.kv_cache_tokens // self.block_size
-        elif self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info()
-            ours = self.free_at_start - free
-            budget = int(total * self.config.gpu_memory_utilization) - ours - largest_step
-            blocks = min(budget, free - largest_step) // (self._token_bytes * self.block_size)
-        else:
-            wanted = self.config.max_num_seqs * self.max_blocks
-            blocks = max(1, min(wanted, CPU_CACHE_BYTES // (self._token_bytes * self.block_size)))
+        blocks = self._fit_cache()
         if blocks < 1:
             raise InputError(
                 f"No memory is left for the cache: gpu_memory_utilization {self.config.gpu_memory_utilization} "
@@ -174,35 +170,62 @@ class ModelRunner:
         self._bind_cache(blocks)
         return blocks
 
+    def _fit_cache(self) -> int:
+        """How many blocks the cache may have."""
+        on_gpu = self.device.type == "cuda"
+        step_bytes = self._warm_up() if on_gpu else 0
+        if self.config.kv_cache_tokens is not None:
+            return self.config.kv_cache_tokens // self.block_size
+        block_bytes = self._token_bytes * self.block_size
+        if on_gpu:
+            memory = self._memory_with_graphs()
+            return memory.cache_blocks(step_bytes, self.config.gpu_memory_utilization, block_bytes)
+        return max(1, min(self.config.max_num_seqs * self.max_blocks, CPU_CACHE_BYTES // block_bytes))
+
+    def _warm_up(self) -> int:
+        """Run the largest steps once, and small ones so that everything is compiled; returns the bytes they took
+        for as long as they ran."""
+        length = min(self.max_model_len, self.config.max_num_batched_tokens)
+        count = max(1, min(self.config.max_num_batched_tokens // length, self.config.max_num_seqs))
+        self._bind_cache(-(-length // self.block_size))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        greedy, hot = SamplingParams(temperature=0.0), SamplingParams()
+        everything = SamplingParams(top_k=1, top_p=0.5)  # sorts the whole vocabulary
+        for sequences, tokens in ((count, length), (min(2, count), min(8, length)), (1, 1)):
+            for sampling in (greedy, hot):
+                self.run([self._warm_up_sequence(tokens, 0, sampling)] * sequences, is_prefill=True)
+        for sampling in (hot, everything):
+            self.run([self._warm_up_sequence(length, length - 1, sampling)] * self.config.max_num_seqs, False)
+        most = torch.cuda.max_memory_reserved() - self.cache.nbytes
+        self._unbind_cache()
+        return most - torch.cuda.memory_reserved()
+
+    def _memory_with_graphs(self) -> Memory:
+        """What the GPU's memory looks like with all there but the cache: decode graphs are captured once to see it."""
+        self._bind_cache(1)
+        graphs = None if self.eager else self._capture()
+        memory = Memory.now(self.untracked_at_start)
+        del graphs
+        self._unbind_cache()
+        return memory
+
+    def _warm_up_sequence(self, tokens: int, cached: int, sampling: SamplingParams) -> Sequence:
+        """One that may stand in a step many times: what it writes to its blocks is the same each time."""
+        sequence = Sequence(Request("warm-up", (0,) * tokens, sampling))
+        sequence.num_cached, sequence.num_scheduled = cached, tokens - cached
+        sequence.block_table = list(range(-(-tokens // self.block_size)))
+        return sequence
+
     def _bind_cache(self, blocks: int) -> None:
-        c = self.model_config
+        c = self.share
         shape = (2, c.num_layers, blocks, self.block_size, c.num_kv_heads, c.head_dim)
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for layer, holder in enumerate(self.model.caches()):
             holder.k_cache, holder.v_cache = self.cache[0, layer], self.cache[1, layer]
 
-    def _warm_up(self) -> int:
-        """Run the largest prefill once, and small ones so that everything is compiled; returns the bytes it took."""
-        length = min(self.max_model_len, self.config.max_num_batched_tokens)
-        count = max(1, min(self.config.max_num_batched_tokens // length, self.config.max_num_seqs))
-        per_sequence = -(-length // self.block_size)
-        self._bind_cache(count * per_sequence)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        for sequences, tokens in ((count, length), (min(2, count), min(8, length)), (1, 1)):
-            for temperature in (0.0, 1.0):
-                batch = [self._warm_up_sequence(i, tokens, temperature, per_sequence) for i in range(sequences)]
-                self.run(batch, is_prefill=True)
-        taken = torch.cuda.max_memory_allocated() - before
+    def _unbind_cache(self) -> None:
         for holder in self.model.caches():
             holder.k_cache = holder.v_cache = torch.empty(0)
         del self.cache
         torch.cuda.empty_cache()
-        return taken
-
-    @staticmethod
-    def _warm_up_sequence(index: int, tokens: int, temperature: float, blocks: int) -> Sequence:
-        sequence = Sequence(Request(f"warm-up {index}", (0,) * tokens, SamplingParams(temperature=temperature)))
-        sequence.num_scheduled = tokens
-        sequence.block_table = list(range(index * blocks, (index + 1) * blocks))
-        return sequence

@@ -1,8 +1,8 @@
-"""The calls of nano-vLLM's and vLLM's offline scripts: `LLM(folder, ...)` and `generate`."""
+"""The calls of nano-vLLM's and vLLM's offline scripts, `LLM(folder, ...)` and `generate`; and `stream`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 
 from engines.base import EngineConfig, InputError, Request, RequestResult, SamplingParams
 from engines.nano.models.config import ModelConfig
+from engines.nano.sequence import Sequence as NanoSequence
+from engines.nano.utils.detokenize import TextStream
 from engines.nano.utils.loader import read_config
 
 Prompt = str | Sequence[int] | dict[str, Any]
@@ -27,8 +29,6 @@ def config_of(checkpoint: Path, keywords: dict[str, Any]) -> EngineConfig:
     """
     checkpoint = checkpoint.expanduser()
     known = {RENAMED.get(name, name): value for name, value in keywords.items()}
-    if known.pop("tensor_parallel_size", 1) != 1:
-        raise InputError("tensor_parallel_size must be 1: this engine runs on one GPU.")
     longest = ModelConfig.from_json(read_config(checkpoint), checkpoint).max_position
     known.setdefault("max_model_len", min(4096, longest))
     known.setdefault("prefix_caching", True)
@@ -43,12 +43,12 @@ def config_of(checkpoint: Path, keywords: dict[str, Any]) -> EngineConfig:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One continuation, with vLLM's names."""
+    """One continuation, with vLLM's names. `finish_reason` is None while more is to come."""
 
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: str | None
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,28 @@ class RequestOutput:
         return getattr(self.outputs[0], key)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamOutput(RequestOutput):
+    """A request after one more token. `outputs[0]` holds all of it so far, as vLLM's streams do by default.
+
+    prompt_index: which of the prompts, from 0
+    token_id: the new token
+    delta: the text that it completed; empty while a character lacks bytes, and for special tokens
+    """
+
+    prompt_index: int
+    token_id: int
+    delta: str
+
+
 class OfflineCalls:
     """Mixed into an engine that serves: prompts as texts or token ids, a progress bar, texts back."""
 
     config: EngineConfig
     serve: Callable[..., list[RequestResult]]
+    add: Callable[[Request], NanoSequence]
+    advance: Callable[[], None]
+    abort: Callable[[Iterable[str]], None]
     _ids = count()
 
     def generate(
@@ -83,25 +100,68 @@ class OfflineCalls:
         """Continue prompts (texts, token ids, or vLLM's {"prompt_token_ids": ...}); outputs in their order."""
         from tqdm import tqdm
 
+        asked = self._requests(prompts, sampling_params)
+        with tqdm(total=len(asked), desc="Generating", disable=not use_tqdm) as bar:
+            results = self.serve([request for _, request in asked], lambda _result: bar.update())
+        return [
+            RequestOutput(
+                result.request_id, prompt, list(request.prompt_token_ids),
+                [CompletionOutput(0, self._text(result.token_ids), list(result.token_ids), result.finish_reason)],
+            )
+            for (prompt, request), result in zip(asked, results, strict=True)
+        ]  # fmt: skip
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamOutput]:
+        """Continue prompts as `generate` does; an output for each new token of each of them, as the steps end.
+
+        ```
+        for output in llm.stream(["Once upon", "In the end"], SamplingParams(max_tokens=32)):
+            reason = output.outputs[0].finish_reason  # None but at the request's last token
+            print(output.prompt_index, output.token_id, repr(output.delta), reason)
+        ```
+
+        The deltas of a request, joined, are the text that `generate` gives. Leaving the loop aborts what is unfinished
+        and frees its cache (in full: closing the generator does). `abort([output.request_id])` inside the loop ends one
+        request, of which nothing more comes. Requests start at the first `next`; wrong arguments are told at once.
+        """
+        return self._stream(self._requests(prompts, sampling_params))
+
+    def _stream(self, asked: list[tuple[str | None, Request]]) -> Iterator[StreamOutput]:
+        try:
+            live = [
+                _Growing(index, prompt, list(request.prompt_token_ids), self.add(request), TextStream(self._text))
+                for index, (prompt, request) in enumerate(asked)
+            ]
+            while live:
+                if not any(growing.behind for growing in live):  # another loop may have run the engine meanwhile
+                    self.advance()
+                for growing in live:
+                    while growing.behind:
+                        yield growing.next_output()
+                live = [growing for growing in live if growing.behind or not growing.sequence.finish_reason]
+        finally:
+            self.abort(request.request_id for _, request in asked)
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[str | None, Request]]:
+        """Each prompt, where it is a text, and its request."""
         batch = _as_list(prompts)
         settings = sampling_params or SamplingParams()
         each = [settings] * len(batch) if isinstance(settings, SamplingParams) else list(settings)
         if len(each) != len(batch):
             raise InputError(f"{len(batch)} prompts need as many sampling params, not {len(each)}.")
-        ids = [self._token_ids(prompt) for prompt in batch]
-        requests = [
-            Request(f"generate {next(self._ids)}", tuple(tokens), sampling)
-            for tokens, sampling in zip(ids, each, strict=True)
-        ]
-        with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm) as bar:
-            results = self.serve(requests, lambda _result: bar.update())
         return [
-            RequestOutput(
-                result.request_id, prompt if isinstance(prompt, str) else None, tokens,
-                [CompletionOutput(0, self._text(result.token_ids), list(result.token_ids), result.finish_reason)],
+            (
+                prompt if isinstance(prompt, str) else None,
+                Request(f"generate {next(self._ids)}", tuple(self._token_ids(prompt)), sampling),
             )
-            for prompt, tokens, result in zip(batch, ids, results, strict=True)
-        ]  # fmt: skip
+            for prompt, sampling in zip(batch, each, strict=True)
+        ]
 
     @property
     def tokenizer(self) -> Any:
@@ -124,8 +184,41 @@ class OfflineCalls:
             raise InputError(f"{self.config.checkpoint} has no tokenizer; give prompts as token ids.")
         return self.tokenizer.encode(prompt)
 
-    def _text(self, token_ids: tuple[int, ...]) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+    def _text(self, token_ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        # As in vLLM, spaces are left as they are: tidying them would take back what a stream has given out.
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@dataclass
+class _Growing:
+    """A request of a stream, and how many of its tokens were given out."""
+
+    prompt_index: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sequence: NanoSequence
+    text: TextStream
+    given: int = 0
+
+    @property
+    def behind(self) -> bool:
+        return self.given < self.sequence.num_output
+
+    def next_output(self) -> StreamOutput:
+        sequence = self.sequence
+        tokens = sequence.output_token_ids[: self.given + 1]
+        self.given += 1
+        delta = self.text.push(tokens[-1])
+        finish_reason = None if self.behind else sequence.finish_reason or None
+        if finish_reason:
+            delta += self.text.flush()
+        return StreamOutput(
+            sequence.request_id, self.prompt, self.prompt_token_ids,
+            [CompletionOutput(0, self.text.text, tokens, finish_reason)], finish_reason is not None,
+            prompt_index=self.prompt_index, token_id=tokens[-1], delta=delta,
+        )  # fmt: skip
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -21,7 +21,7 @@ class Scheduler:
         self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: frozenset[int]
     ) -> None:
         self.blocks = blocks
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)  # a decode step has a token for each
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.waiting: deque[Sequence] = deque()

@@ -9,6 +9,8 @@ from torch.nn.functional import linear
 class OutputHead(nn.Module):
     """Logits [rows, vocab] of hidden states [rows, hidden]. Tied: shares the embedding's matrix and owns none."""
 
+    split_dim = 0
+
     def __init__(self, embedding: nn.Embedding, tied: bool) -> None:
         super().__init__()
         self._tied_to = [embedding] if tied else []  # in a list: not a submodule of two parents

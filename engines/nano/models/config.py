@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engines.base import InputError
 
+SHARED = {
+    "num_heads": "number of query heads",
+    "num_kv_heads": "number of key/value heads",
+    "intermediate_size": "intermediate size",
+    "vocab_size": "vocabulary",
+}
+"""What the ranks of a model share out evenly, in words."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What config.json of a checkpoint says, in our names. `rope_scaling` is None or holds `rope_type` and its numbers;
-    `eos_token_ids` also counts those of generation_config.json."""
+    `eos_token_ids` also counts those of generation_config.json. With several
+    `ranks` these are the numbers of one rank's share."""
 
     hidden_size: int
     num_layers: int
@@ -28,6 +37,8 @@ class ModelConfig:
     rope_scaling: dict | None
     tied_head: bool
     eos_token_ids: frozenset[int]
+    rank: int = 0
+    ranks: int = 1
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], checkpoint: Path) -> ModelConfig:
@@ -52,6 +63,18 @@ class ModelConfig:
             )
         except KeyError as error:
             raise InputError(f"config.json in {checkpoint} has no {error}.") from None
+
+    def share(self, rank: int, ranks: int) -> ModelConfig:
+        """What rank `rank` of `ranks` holds; InputError where they cannot share evenly.
+
+        Nothing is padded or held twice: vocabularies are multiples of 64 in practice, and with more ranks than
+        key/value heads each rank's cache would shrink no further.
+        """
+        shared = {name: getattr(self, name) for name in SHARED}
+        for name, number in shared.items():
+            if number % ranks:
+                raise InputError(f"tensor_parallel_size {ranks} does not divide the model's {SHARED[name]}, {number}.")
+        return replace(self, rank=rank, ranks=ranks, **{name: number // ranks for name, number in shared.items()})
 
 
 def _generation_config(checkpoint: Path) -> dict[str, Any]:

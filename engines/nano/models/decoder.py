@@ -13,6 +13,7 @@ from engines.nano.layers.attention import Backend, KVWrite, PagedAttention
 from engines.nano.layers.embedding import OutputHead
 from engines.nano.layers.linear import StackedLinear
 from engines.nano.layers.norm import HeadNorm, RMSNorm
+from engines.nano.layers.parallel import RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from engines.nano.layers.rotary import RotaryEmbedding
 from engines.nano.models.config import ModelConfig
 from engines.nano.utils.context import StepContext
@@ -42,7 +43,7 @@ class Attention(nn.Module):
         self.rotary = Rotation(rotary)
         self.kv_write = KVWrite()
         self.attention = PagedAttention(self.kv_write, dim, backend)
-        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+        self.o_proj = output_linear(heads * dim, config)
 
     def forward(self, hidden: Tensor, positions: Tensor, context: StepContext) -> Tensor:
         return self.attend(self.qkv_proj(hidden), positions, context)
@@ -81,10 +82,16 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = StackedLinear(config.hidden_size, (config.intermediate_size, config.intermediate_size))
         self.silu_mul = SiluMul()
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = output_linear(config.intermediate_size, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.silu_mul(self.gate_up_proj(hidden)))
+
+
+def output_linear(in_features: int, config: ModelConfig) -> nn.Linear:
+    """What ends a block: [tokens, in_features] → [tokens, hidden], summed over the ranks where there are several."""
+    linear = nn.Linear if config.ranks == 1 else RowParallelLinear
+    return linear(in_features, config.hidden_size, bias=False)
 
 
 class DecoderLayer(nn.Module):
@@ -136,7 +143,12 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig, family: Family, rotary: RotaryEmbedding, backend: Backend) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        vocab = config.vocab_size
+        self.embed_tokens = (
+            nn.Embedding(vocab, config.hidden_size)
+            if config.ranks == 1
+            else VocabParallelEmbedding(vocab, config.hidden_size, config.rank)
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, family, rotary, backend) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -155,7 +167,12 @@ class Decoder(nn.Module):
         self.config = config
         self.rotary = RotaryEmbedding(config.head_dim, max_model_len, config.rope_theta, config.rope_scaling)
         self.model = Body(config, family, self.rotary, backend)
-        self.lm_head = OutputHead(self.model.embed_tokens, config.tied_head)
+        embedding, tied = self.model.embed_tokens, config.tied_head
+        self.lm_head = (
+            OutputHead(embedding, tied)
+            if config.ranks == 1
+            else VocabParallelHead(embedding, tied, config.rank, config.ranks)
+        )
 
     def forward(self, token_ids: Tensor, positions: Tensor, context: StepContext) -> Tensor:
         return self.model(token_ids, positions, context)

@@ -18,10 +18,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     Torch compiles for the first number of rows it meets, once more for any number at the second, and for one row: the
     model runner's warm-up meets all three, so that no step waits for the compiler.
     """
-    fast = torch.compile(function)
+    fast: Callable[..., Any] | None = None
 
     @wraps(function)
     def call(self: Any, x: torch.Tensor, *args: Any) -> Any:
-        return fast(self, x, *args) if enabled and x.is_cuda else function(self, x, *args)
+        nonlocal fast
+        if not (enabled and x.is_cuda):
+            return function(self, x, *args)
+        if fast is None:
+            fast = torch.compile(function)  # not sooner: it imports the compiler, which takes seconds
+        return fast(self, x, *args)
 
     return call

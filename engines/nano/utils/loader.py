@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,8 +31,8 @@ def read_config(folder: Path) -> dict:
         raise InputError(f"{path} is not valid JSON: {error}.") from None
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint, sharded or not, one at a time, on the CPU."""
+def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """All tensors of a checkpoint, in one file or many, each as safetensors' slice: indexing it reads just that."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InputError(f"{folder} has no .safetensors file.")
@@ -39,26 +40,35 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(file, "pt", "cpu") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a dict
-                    yield name, shard.get_tensor(name)
+                    yield name, shard.get_slice(name)
         except SafetensorError as error:
             raise InputError(f"{file} cannot be read: {error}.") from None
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill every parameter of `model` from `folder`; InputError names a tensor that is missing or has another shape."""
+def load_weights(model: nn.Module, folder: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Fill every parameter of `model`, rank `rank`'s share of a model, from `folder`, reading no more than that share.
+
+    InputError names a tensor that is missing or has another shape.
+    """
     parameters = dict(model.named_parameters())
     missing = {(name, part) for name in parameters for part in range(_num_parts(name))}
-    for name, tensor in tensors(folder):
+    for name, stored in tensors(folder):
         ours, part = _our_name(name)
         if ours not in parameters:
             if ours == "lm_head.weight":
                 continue  # a tied head that was saved all the same
             raise InputError(f"Tensor {name} in {folder} belongs to no parameter of this model.")
-        target = _slice(model, ours, parameters[ours], part)
-        if target.shape != tensor.shape:
-            raise InputError(f"Tensor {name} in {folder} has shape {list(tensor.shape)}, not {list(target.shape)}.")
-        target.copy_(tensor)
+        module = model.get_submodule(ours.rpartition(".")[0])
+        target = _part(module, parameters[ours], part)
+        whole, share = list(target.shape), [slice(None)] * target.dim()
+        split = getattr(module, "split_dim", None)  # along which ranks share this module's weights
+        if split is not None:
+            whole[split] *= ranks
+            share[split] = slice(rank * target.shape[split], (rank + 1) * target.shape[split])
+        if stored.get_shape() != whole:
+            raise InputError(f"Tensor {name} in {folder} has shape {stored.get_shape()}, not {whole}.")
+        target.copy_(stored[tuple(share)])
         missing.discard((ours, part))
     if missing:
         names = sorted(_checkpoint_name(name, part) for name, part in missing)
@@ -83,9 +93,9 @@ def _checkpoint_name(ours: str, part: int) -> str:
     return ".".join([*path, theirs, kind])
 
 
-def _slice(model: nn.Module, ours: str, parameter: Tensor, part: int) -> Tensor:
+def _part(module: nn.Module, parameter: Tensor, part: int) -> Tensor:
     """The part of a stacked parameter that one checkpoint tensor fills."""
-    sizes = getattr(model.get_submodule(ours.rpartition(".")[0]), "part_sizes", None)
+    sizes = getattr(module, "part_sizes", None)
     if sizes is None:
         return parameter
     start = sum(sizes[:part])

@@ -1,0 +1,97 @@
+"""How many cache blocks a GPU's memory leaves: the arithmetic, by hand, and the steps that the warm-up runs.
+
+tests/gpu/test_memory.py measures the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engines.nano import LLM
+from engines.nano.utils import memory
+from engines.nano.utils.memory import Memory
+from tests.engines import reference
+
+GIB = 2**30
+
+
+def test_blocks_within_utilization():
+    # 80 × 0.5 = 40 may be held; 6 are, a step takes 4 more: 30 are left for blocks of 0.25.
+    assert Memory(80 * GIB, 70 * GIB, 6 * GIB).cache_blocks(4 * GIB, 0.5, GIB // 4) == 120
+
+
+def test_blocks_within_what_others_leave_free():
+    # 40 may be held, but of 12 that are free a step needs 4.
+    assert Memory(80 * GIB, 12 * GIB, 6 * GIB).cache_blocks(4 * GIB, 0.5, GIB) == 8
+
+
+def test_blocks_are_whole_and_never_negative():
+    assert Memory(80 * GIB, 70 * GIB, 6 * GIB).cache_blocks(4 * GIB + 1, 0.5, GIB) == 29
+    assert Memory(80 * GIB, 3 * GIB, 6 * GIB).cache_blocks(4 * GIB, 0.5, GIB) == 0
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of 80 GiB: what others hold, what torch's allocator reserved here, and what else this process holds."""
+    state = {"others": 10 * GIB, "reserved": 2 * GIB, "rest": GIB // 2, "told": None}
+
+    def mem_get_info() -> tuple[int, int]:
+        return 80 * GIB - state["others"] - state["reserved"] - state["rest"], 80 * GIB
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: state["reserved"])
+    monkeypatch.setattr(memory, "_told_by_driver", lambda: state["told"])
+    return state
+
+
+def test_ours_is_what_the_driver_tells(gpu):
+    gpu["told"] = 5 * GIB
+    assert Memory.now(memory.untracked()) == Memory(80 * GIB, 80 * GIB - 25 * GIB // 2, 5 * GIB)
+
+
+def test_ours_without_the_driver(gpu):
+    """Allocator, context, and what came on top of them since the start: here 0.25 GiB of modules and graphs."""
+    before = memory.untracked()
+    gpu["reserved"], gpu["rest"] = 6 * GIB, gpu["rest"] + GIB // 4
+    assert Memory.now(before).ours == 6 * GIB + GIB // 2 + GIB // 4
+
+
+def test_what_others_take_meanwhile_is_not_ours(gpu):
+    before = memory.untracked()
+    gpu["others"] += 30 * GIB
+    now = Memory.now(before)
+    assert now.ours <= 2 * GIB + GIB // 2 + memory.MOST_GROWTH_BYTES
+    assert now.free == 80 * GIB - 85 * GIB // 2
+    gpu["others"] = 0  # and what they give back is no gain
+    assert Memory.now(before).ours == 2 * GIB + GIB // 2
+
+
+def test_a_number_of_another_process_is_not_believed(gpu):
+    gpu["told"] = GIB  # less than torch's allocator holds here
+    assert Memory.now(memory.untracked()).ours == 2 * GIB + GIB // 2
+
+
+def test_warm_up_runs_the_largest_steps(monkeypatch):
+    engine = LLM(reference.config(max_model_len=96, max_num_seqs=7, max_num_batched_tokens=300))
+    runner, steps, run = engine.runner, [], engine.runner.run
+
+    def record(sequences, is_prefill):
+        tokens = run(sequences, is_prefill)
+        longest = max(sequence.num_cached + sequence.num_scheduled for sequence in sequences)
+        steps.append((is_prefill, len(sequences), sum(s.num_scheduled for s in sequences), longest))
+        assert len(tokens) == len(sequences)
+        return tokens
+
+    monkeypatch.setattr(runner, "run", record)
+    cache_bytes = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_reserved", lambda: cache_bytes.append(runner.cache.nbytes) or 1000 * 2**20
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 600 * 2**20)
+    assert runner._warm_up() == 400 * 2**20 - cache_bytes[0]
+    assert (True, 3, 288, 96) in steps  # the largest prefill: 300 tokens hold three whole prompts
+    assert (False, 7, 7, 96) in steps  # the largest decode
+    assert all(holder.k_cache.numel() == 0 for holder in runner.model.caches())
