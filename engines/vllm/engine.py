@@ -13,6 +13,7 @@ import torch
 from engines.base import (
     Capacity,
     EngineConfig,
+    HostPhases,
     InputError,
     Probe,
     Request,
@@ -39,8 +40,9 @@ class VLLM:
     """Upstream vLLM, one engine at a time, restarted in the arm that the work needs.
 
     Steps run in process, compiled and with graphs (`inproc`; option `arm` picks another). `serve` runs its default: an
-    engine in a process of its own (`default`; option `serve_arm`). `attach` restarts it as `eager` or `python_graph`.
-    Option `engine_args` goes to vLLM's EngineArgs, over ours.
+    engine in a process of its own (`default`; option `serve_arm` picks another, such as `inproc_async`, in process and
+    scheduling ahead). `attach` restarts it as `eager` or `python_graph`. Option `engine_args` goes to vLLM's
+    EngineArgs, over ours.
     """
 
     name = "vllm"
@@ -48,6 +50,7 @@ class VLLM:
     mode: Literal["eager", "graph", "compiled"]
     capacity: Capacity
 
+    @package.changes
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._step_arm, self._serve_arm = arms.choose(config.options)
@@ -59,8 +62,7 @@ class VLLM:
         self._unread = False
         self._last = NOTHING
         self.notes: dict[str, Any] = {"version": package.version(), "notices": [], "arms": {}, "preemptions": 0}
-        if notice := package.notice():
-            self.notes["notices"].append(notice)
+        self._notice(package.notice())
         self._eos = eos_token_ids(config)
         self._vocab_size = int(arms.read_model_config(config).get("vocab_size") or 0)
         self._at_exit = _close_at_exit(self)
@@ -68,6 +70,7 @@ class VLLM:
 
     # Requests and steps
 
+    @package.changes
     def add(self, request: Request) -> None:
         self._read()
         engine = self._stepping().engine
@@ -78,7 +81,8 @@ class VLLM:
 
     def advance(self) -> None:
         self._read()
-        self._stepping().engine.step()
+        with package.changes:
+            self._stepping().engine.step()
         self._unread = True
 
     def last_step(self) -> Step:
@@ -89,6 +93,7 @@ class VLLM:
         self._read()
         return bool(self._running)
 
+    @package.changes
     def abort(self, request_ids: Iterable[str]) -> None:
         self._read()
         dropped = set(request_ids)
@@ -100,6 +105,7 @@ class VLLM:
 
     # Whole requests
 
+    @package.changes
     def serve(
         self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
     ) -> list[RequestResult]:
@@ -115,11 +121,14 @@ class VLLM:
         try:
             results, clocks = serve(live.engine, requests, self._eos, on_finish)
         finally:
+            live.settle()
             if self._tap is not None:
                 self._tap.clear()
         self.notes["request_clocks"] = clocks.notes()
+        self._notice(clocks.notice())
         return results
 
+    @package.changes
     def score(self, requests: Iterable[Request]) -> list[Scored]:
         self._check_idle("score")
         requests = [replace(r, sampling=replace(r.sampling, temperature=0.0, top_k=0, top_p=1.0)) for r in requests]
@@ -148,6 +157,20 @@ class VLLM:
 
     # Tracing
 
+    @package.changes
+    def host_phases(self) -> HostPhases:
+        live = self._stepping()
+        core, runner = live.core, live.runner
+        named = {
+            "schedule": [(core.scheduler, "schedule")],
+            "prepare": [(runner, "_prepare_inputs"), (runner, "prepare_inputs")],
+            "launch": [(core.model_executor, "execute_model")],
+            "sample": [(core.model_executor, "sample_tokens")],
+            "finish": [(core.scheduler, "update_from_output"), (live.engine.output_processor, "process_outputs")],
+        }
+        return {phase: [m for m in methods if hasattr(*m)] for phase, methods in named.items()}
+
+    @package.changes
     def attach(self, probe: Probe, mode: TraceMode) -> None:
         self._check_idle("attach")
         self.detach()
@@ -159,6 +182,12 @@ class VLLM:
             worker.pending[:] = [probe]
             try:
                 self._start(ARMS["python_graph"], worker.PATH)
+                if worker.pending:
+                    self._stop()
+                    raise InputError(
+                        f"vLLM {package.version()} has changed inside: its worker's compile_or_warm_up_model was not "
+                        f"called, so the graphs hold no probe; {package.advice()}"
+                    )
             finally:
                 worker.pending.clear()
             self._traced = "graph"
@@ -188,6 +217,7 @@ class VLLM:
         atexit.unregister(self._at_exit)
         self._stop()
 
+    @package.changes
     def _read(self) -> None:
         """Take in what the last step did, if that was not done yet. `advance` itself must do nothing but the step."""
         if not self._unread:
@@ -196,7 +226,8 @@ class VLLM:
         self._unread = False
         decision, outputs = self._tap.take()
         self._last = read_step(decision, outputs, self._running)
-        self.notes["preemptions"] += len(getattr(decision, "preempted_req_ids", None) or ())
+        if decision is not None:
+            self.notes["preemptions"] += len(decision.preempted_req_ids or ())
         if self._last.finished:
             done = set(self._last.finished)
             self._running = {key: r for key, r in self._running.items() if r.request_id not in done}
@@ -213,8 +244,8 @@ class VLLM:
         live = self._live = Live(self._config, arm, worker_cls)
         try:
             if not arm.own_process:
-                if package.reach(live.core, "batch_queue") is not None:
-                    raise InputError(f"vLLM schedules ahead in the arm {arm.name!r}: its steps cannot be told apart.")
+                self._check_scheduling(live)
+            if arm.steps:
                 self._tap = SchedulerTap(live.core)
             self.capacity = live.capacity(self._config)
             self.notes["arms"][arm.name] = live.notes()
@@ -224,9 +255,24 @@ class VLLM:
         self._show(arm)
         return live
 
+    def _check_scheduling(self, live: Live) -> None:
+        """An arm in this process must schedule as its name says, or its numbers go by a wrong name."""
+        if live.schedules_ahead and live.arm.steps:
+            raise InputError(f"vLLM schedules ahead in the arm {live.arm.name!r}: its steps cannot be told apart.")
+        if not live.schedules_ahead and not live.arm.steps:
+            text = f"vLLM does not schedule ahead in the arm {live.arm.name!r}: it is served as if it were 'inproc'."
+            if self._config.device != "cpu":
+                raise InputError(text)
+            self._notice(text)  # its CPU platform turns asynchronous scheduling off, whatever is asked
+
+    def _notice(self, text: str) -> None:
+        if text and text not in self.notes["notices"]:
+            self.notes["notices"].append(text)
+
     def _show(self, arm: Arm) -> None:
         self.arm, self.mode = arm.name, arm.mode
 
+    @package.changes
     def _stop(self) -> None:
         live, self._live = self._live, None
         self._forget()

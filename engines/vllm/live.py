@@ -17,6 +17,9 @@ from engines.vllm.arms import Arm
 OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 SOCKETS = "VLLM_RPC_BASE_PATH"
 
+CALLED = ("from_engine_args", "add_request", "step", "has_unfinished_requests", "abort_request")
+"""What is called on vLLM's engine; looked for before a start, not found missing in the middle of a measurement."""
+
 _in_process: weakref.ref[Live] | None = None
 """The engine that runs in this process: vLLM keeps process groups and the rotary cache in globals."""
 
@@ -34,10 +37,12 @@ class Live:
         _check_device(config)
         if _in_process is not None and (other := _in_process()) is not None and other.engine is not None:
             raise InputError("A process holds one vLLM engine at a time: close the other first.")
+        for method in CALLED:
+            package.reach(vllm.LLMEngine, method)
         arguments = arms.engine_args(config, arm)
         if worker_cls is not None:
             arguments["worker_cls"] = worker_cls
-        usage = package.reach(_module("vllm.usage.usage_lib"), "UsageContext.LLM_CLASS")
+        usage = package.reach(package.module("vllm.usage.usage_lib"), "UsageContext.LLM_CLASS")
         # Its sockets are files that it does not remove.
         self._sockets = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
         os.environ[SOCKETS] = self._sockets.name
@@ -59,6 +64,18 @@ class Live:
     def core(self) -> Any:
         """The engine core; only in process."""
         return package.reach(self.engine, "engine_core.engine_core")
+
+    @property
+    def schedules_ahead(self) -> bool:
+        """Whether a step is scheduled before the tokens of the one before it are known; only in process."""
+        return package.reach(self.core, "batch_queue") is not None
+
+    def settle(self) -> None:
+        """Run what was scheduled ahead to its end, so that the work that comes next does not wait for it."""
+        if self.arm.own_process or self.engine is None:
+            return
+        while package.reach(self.core, "batch_queue"):
+            package.reach(self.engine, "engine_core.get_output")()
 
     @property
     def runner(self) -> Any:
@@ -92,7 +109,8 @@ class Live:
         }
         if not self.arm.own_process:
             runner = self.runner
-            attention = package.reach(package.reach(runner, "get_model")(), "model.layers")[0].self_attn.attn
+            layers = package.reach(package.reach(runner, "get_model")(), "model.layers")
+            attention = package.reach(layers[0], "self_attn.attn")
             found["attention_backend"] = package.reach(attention, "attn_backend").get_name()
             flash = getattr(getattr(attention, "impl", None), "vllm_flash_attn_version", None)
             if flash is not None:
@@ -115,7 +133,7 @@ class Live:
             processes.end(started)
         if not self.arm.own_process:
             # 0.20's in-process client leaves the process groups and the frozen heap to its process's end.
-            package.reach(_module("vllm.distributed"), "cleanup_dist_env_and_memory")()
+            package.reach(package.module("vllm.distributed"), "cleanup_dist_env_and_memory")()
         os.environ[OWN_PROCESS] = "0"
         os.environ.pop(SOCKETS, None)
         self._sockets.cleanup()
@@ -131,13 +149,13 @@ def _drop_graphs(engine: Any, arm: Arm) -> None:
         return
     worker = getattr(getattr(engine, "model_executor", None), "driver_worker", None)
     runner: Any = getattr(worker, "model_runner", None)
-    wrapper: Any = getattr(_module("vllm.compilation.cuda_graph"), "CUDAGraphWrapper", None)
+    wrapper: Any = getattr(package.module("vllm.compilation.cuda_graph"), "CUDAGraphWrapper", None)
     if hasattr(wrapper, "clear_all_graphs"):
         wrapper.clear_all_graphs()
     if getattr(runner, "model", None) is None:
         return
     owners = {id(module) for module in runner.get_model().modules()}
-    hooks = getattr(_module("torch._dynamo.convert_frame"), "_bytecode_hooks", {})
+    hooks = getattr(package.module("torch._dynamo.convert_frame"), "_bytecode_hooks", {})
     for key, function in list(hooks.items()):
         if id(getattr(function, "__self__", None)) in owners:
             del hooks[key]
@@ -146,25 +164,15 @@ def _drop_graphs(engine: Any, arm: Arm) -> None:
 def _use_own_process(own: bool) -> None:
     # vLLM reads the variable once and keeps the answer, so a second start in this process must clear it.
     os.environ[OWN_PROCESS] = "1" if own else "0"
-    package.reach(_module("vllm.envs"), "disable_envs_cache")()
+    package.reach(package.module("vllm.envs"), "disable_envs_cache")()
 
 
 def _check_device(config: EngineConfig) -> None:
-    platform = package.reach(_module("vllm.platforms"), "current_platform.device_type")
+    platform = package.reach(package.module("vllm.platforms"), "current_platform.device_type")
     if platform != config.device:
         raise InputError(
             f"device={config.device} was asked, but the installed vllm is for {platform or 'no device it can see'}."
         )
-
-
-def _module(name: str) -> Any:
-    """Import one of vLLM's modules; InputError naming it if this version has none."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise InputError(f"vLLM {package.version()} has changed: no module {name}; {package.advice()}") from None
 
 
 def _base_modules(runner: Any) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from types import ModuleType
+from contextlib import ContextDecorator
+from pathlib import Path
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from engines.base import InputError
 TRIED = ("0.20.2", "0.32.0")
 """Versions that this adapter was run with: CUDA, and without a GPU."""
 READ = ("0.33",)
-"""Versions whose source it was written against, without a run."""
+"""Versions whose source it was written against: 0.33, where model runner v2 is the default. None was run on a GPU."""
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # a measurement sends nothing out
@@ -78,10 +81,57 @@ def reach(root: Any, path: str) -> Any:
             value = getattr(value, name)
         except AttributeError:
             raise InputError(
-                f"vLLM {version()} has changed inside: {type(value).__name__} has no {name!r} "
+                f"vLLM {version()} has changed inside: {_owner(value).__name__} has no {name!r} "
                 f"(read as {path!r}); {advice()}"
             ) from None
     return value
+
+
+def module(name: str) -> Any:
+    """One of vLLM's modules, imported; InputError naming it if this version has none."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise InputError(f"vLLM {version()} has changed: no module {name}; {advice()}") from None
+
+
+class _Changes(ContextDecorator):
+    """Around our own code where it uses vLLM's objects too often to `reach` each: what is gone becomes an InputError.
+
+    Only what our own lines touched: an error that vLLM raises deeper inside keeps its traceback.
+    """
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (AttributeError, ImportError, TypeError)) and (text := _changed(error, trace)):
+            raise InputError(f"vLLM {version()} has changed inside: {text}; {advice()}") from None
+
+
+changes = _Changes()
+"""Decorator and context manager; costs a fraction of a microsecond."""
+
+
+def _changed(error: AttributeError | ImportError | TypeError, trace: TracebackType | None) -> str:
+    """What our own code did not find in vLLM, as a clause; "" where the error is none of that."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or Path(trace.tb_frame.f_code.co_filename).parent != Path(__file__).parent:
+        return ""
+    if isinstance(error, ImportError):
+        return first_line(error) if (error.name or "").startswith("vllm") else ""
+    if isinstance(error, TypeError):  # a call that its signature does not take
+        return first_line(error) if "argument" in str(error) else ""
+    owner = _owner(error.obj)
+    home = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+    return f"{owner.__name__} has no {error.name!r}" if home.startswith("vllm") else ""
+
+
+def _owner(value: Any) -> type | ModuleType:
+    return value if isinstance(value, type | ModuleType) else type(value)
 
 
 def advice() -> str:

@@ -32,7 +32,7 @@ def check(request: Request, capacity: Capacity, vocab_size: int) -> None:
 def sampling_params(request: Request, eos: tuple[int, ...]) -> Any:
     """vLLM's SamplingParams for a request; text is never made, and outputs come when a request is finished."""
     ours = request.sampling
-    kind = package.reach(__import__("vllm.sampling_params", fromlist=["RequestOutputKind"]), "RequestOutputKind")
+    kind = package.reach(package.module("vllm.sampling_params"), "RequestOutputKind")
     stops = dict.fromkeys((*ours.stop_token_ids, *(() if ours.ignore_eos else eos)))
     return package.load().SamplingParams(
         temperature=ours.temperature,

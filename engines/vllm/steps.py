@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engines.base import Request, Scheduled, Step, step_kind
+from engines.base import InputError, Request, Scheduled, Step, step_kind
 from engines.vllm import package
 
 
@@ -64,15 +64,21 @@ class SchedulerTap:
 def read_step(decision: Any, outputs: list[Any], running: dict[str, Running]) -> Step:
     """The step in our terms. `running` maps vLLM's request ids; its lengths are brought up to date.
 
-    Raises RuntimeError where the scheduler's numbers and the produced tokens do not agree.
+    Raises RuntimeError where the scheduler's numbers and the produced tokens do not agree, and InputError if requests
+    run but no schedule was seen.
     """
     if decision is None:
+        if running:
+            raise InputError(
+                f"vLLM {package.version()} has changed inside: a step with {len(running)} requests did not call "
+                f"scheduler.schedule; {package.advice()}"
+            )
         return Step("decode", ())
-    contexts = {new.req_id: new.num_computed_tokens for new in package.reach(decision, "scheduled_new_reqs")}
-    cached = package.reach(decision, "scheduled_cached_reqs")
+    contexts = {new.req_id: new.num_computed_tokens for new in decision.scheduled_new_reqs}
+    cached = decision.scheduled_cached_reqs
     contexts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
 
-    sizes: dict[str, int] = package.reach(decision, "num_scheduled_tokens")
+    sizes: dict[str, int] = decision.num_scheduled_tokens
     scheduled, prompts, complete = [], {}, set()
     for key, new_tokens in sizes.items():
         request, context = running[key], contexts[key]

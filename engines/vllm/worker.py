@@ -15,7 +15,7 @@ from engines.vllm.layers import hook_runner
 
 PATH = f"{__name__}.TracedWorker"
 pending: list[Probe] = []
-"""The probe for the worker that is started next."""
+"""The probe for the worker that is started next; taken out when its hooks are on."""
 
 
 class TracedWorker(Worker):
@@ -25,6 +25,6 @@ class TracedWorker(Worker):
     """
 
     def compile_or_warm_up_model(self) -> Any:
-        for probe in pending:
-            hook_runner(self.model_runner, probe)
+        while pending:
+            hook_runner(self.model_runner, pending.pop())
         return super().compile_or_warm_up_model()

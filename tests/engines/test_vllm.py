@@ -193,6 +193,92 @@ def engine():
     assert not processes.children()
 
 
+@pytest.fixture
+def cpu_schedules_ahead(monkeypatch):
+    """vLLM's CPU platform turns asynchronous scheduling off; its engine core runs it there as well."""
+    from vllm.platforms import current_platform
+
+    check = current_platform.check_and_update_config
+
+    def checked(vllm_config):
+        asked = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    monkeypatch.setattr(type(current_platform), "check_and_update_config", staticmethod(checked))
+
+
+def serving(arm, **engine_args):
+    """An engine that serves in `arm`, without compiling, which takes long."""
+    options = {"arm": "eager", "serve_arm": arm, "engine_args": {"enforce_eager": True, **engine_args}}
+    return VLLM(config(options=options))
+
+
+@needs_vllm
+class TestServing:
+    """Whole requests in this process; `TestArms` serves in vLLM's own."""
+
+    def check(self, engine, prompts, expected):
+        requests = [
+            Request(f"r{i}", tuple(prompts[i % 6]), SamplingParams(0.0, max_tokens=1 + i, ignore_eos=True))
+            for i in range(14)
+        ]
+        for i, result in enumerate(engine.serve(requests)):
+            assert list(result.token_ids) == expected[i % 6][: 1 + i] and result.finish_reason == "length"
+            assert len(result.token_times_s) == 1 + i
+            # A step of its own for every token, so a time of its own.
+            times = (result.arrival_s, *result.token_times_s)
+            assert list(times) == sorted(set(times))
+        assert not processes.children()
+
+    @pytest.mark.usefixtures("cpu_schedules_ahead")
+    def test_scheduling_ahead_in_process(self, prompts, expected):
+        engine = serving("inproc_async")
+        try:
+            self.check(engine, prompts, expected)
+            assert (engine.arm, engine.mode) == ("inproc_async", "compiled")
+            assert engine.notes["arms"]["inproc_async"]["async_scheduling"]
+            assert not any("schedule ahead" in notice for notice in engine.notes["notices"])
+            core = engine._live.core
+            assert core.batch_queue.maxlen == 2 and core.step_fn == core.step_with_batch_queue
+            # Stop tokens come as a surprise: a step more is scheduled already, and must not be left to the next work.
+            stops = tuple({tokens[5] for tokens in expected})
+            results = engine.serve(reference.requests(prompts, NUM_TOKENS, stop_token_ids=stops))
+            assert [len(r.token_ids) for r in results] == [
+                next(i for i, token in enumerate(tokens, 1) if token in stops) for tokens in expected
+            ]
+            assert not core.batch_queue
+            self.check(engine, prompts, expected)
+        finally:
+            engine.close()
+
+    def test_where_it_does_not_schedule_ahead_it_says_so(self, prompts, expected):
+        engine = serving("inproc_async", disable_log_stats=True)
+        try:
+            self.check(engine, prompts, expected)
+            assert not engine.notes["arms"]["inproc_async"]["async_scheduling"]
+            assert engine.notes["request_clocks"]["requests"] == 0  # no statistics
+            assert any("not schedule ahead in the arm 'inproc_async'" in notice for notice in engine.notes["notices"])
+        finally:
+            engine.close()
+
+    def test_step_by_step_in_process_with_vllms_own_clock(self, prompts, expected):
+        engine = serving("inproc")
+        try:
+            self.check(engine, prompts, expected)
+            assert engine.arm == "inproc" and not engine.notes["arms"]["inproc"]["async_scheduling"]
+            # Twice as many as run at once, so half of them wait long for their first token.
+            results = engine.serve(reference.requests(reference.text_prompts((90,) * 16), 140))
+            assert min(r.token_times_s[-1] - r.token_times_s[0] for r in results) > 0.2
+            assert sum(r.token_times_s[0] - r.arrival_s > 0.2 for r in results) >= 8
+            clocks = engine.notes["request_clocks"]
+            assert clocks["requests"] == 16
+            assert not any("statistics differ" in notice for notice in engine.notes["notices"])
+            assert clocks["ttft_disagreement"] < 0.02 and clocks["decode_disagreement"] < 0.02
+        finally:
+            engine.close()
+
+
 @needs_vllm
 class TestSmall:
     """A cache and a step so small that requests are cut, preempted and share blocks."""
@@ -280,7 +366,9 @@ class TestArms:
 
     def test_steps_after_enqueuing_all_are_one_prefill_then_decodes(self, engine, prompts, expected):
         done, tokens = drain(engine, reference.requests(prompts, NUM_TOKENS))
-        assert tokens == expected
+        assert tokens == expected and (engine.arm, engine.mode) == ("inproc", "compiled")
+        hooked = [m for m in engine._live.runner.get_model().modules() if m._forward_hooks or m._forward_pre_hooks]
+        assert not hooked  # what is timed, or traced by CUPTI, is vLLM's model as it is
         assert [step.kind for step in done] == ["prefill"] + ["decode"] * (NUM_TOKENS - 1)
         assert (done[0].batch_size, done[0].new_tokens, done[0].context_len) == (6, sum(LENGTHS), 0)
         for index, step in enumerate(done[1:]):

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engines.base import EngineConfig, InputError, Scheduled
-from engines.vllm import VLLM, arms, steps
+from engines.base import EngineConfig, InputError, RequestResult, Scheduled
+from engines.vllm import VLLM, arms, package, steps
 from engines.vllm.layers import Alias
+from engines.vllm.serving import Clocks
 
 
 def test_missing_package_names_the_extra(monkeypatch):
@@ -21,13 +22,15 @@ def test_missing_package_names_the_extra(monkeypatch):
 
 
 def test_unknown_arms_and_options_are_refused():
-    with pytest.raises(InputError, match="no arm 'fast'; it has inproc, default, eager, python_graph"):
+    with pytest.raises(InputError, match="no arm 'fast'; it has inproc, inproc_async, default, eager, python_graph"):
         arms.choose({"arm": "fast"})
     with pytest.raises(InputError, match="no option 'amr'"):
         arms.choose({"amr": "eager"})
-    with pytest.raises(InputError, match="use it as serve_arm"):
-        arms.choose({"arm": "default"})
+    for served_only in ("default", "inproc_async"):
+        with pytest.raises(InputError, match="use it as serve_arm, and one of inproc, eager, python_graph as arm"):
+            arms.choose({"arm": served_only})
     assert [arm.name for arm in arms.choose({"arm": "eager"})] == ["eager", "default"]
+    assert [arm.name for arm in arms.choose({"serve_arm": "inproc_async"})] == ["inproc", "inproc_async"]
 
 
 def decision(new=(), cached=()):
@@ -80,6 +83,35 @@ def test_two_schedules_in_one_step_are_an_error():
     scheduler.schedule()
     with pytest.raises(RuntimeError, match="scheduled 2 times"):
         tap.take()
+
+
+@pytest.mark.parametrize(
+    "theirs, said",
+    [((2.0, 11.0, 16.0), ""), ((2.03, 11.0, 16.05), ""), ((2.05, 11.0, 16.0), "2.5%"), ((2.0, 11.0, 16.2), "4.0%")],
+)
+def test_clocks_that_disagree_by_more_than_two_percent_are_a_notice(theirs, said):
+    """Ours: arrived at 100, first token at 102, last at 107. Theirs: latency of the first token, and two timestamps."""
+    result = RequestResult("a", 3, (1, 2), 100.0, (102.0, 107.0), "length")
+    names = ("first_token_latency", "first_token_ts", "last_token_ts")
+    clocks = Clocks()
+    clocks.compare(SimpleNamespace(**dict(zip(names, theirs, strict=True))), result)
+    assert said in clocks.notice() and bool(clocks.notice()) == bool(said)
+    assert clocks.notes()["ttft_disagreement"] == pytest.approx((theirs[0] - 2) / 2)
+    assert clocks.notes()["decode_disagreement"] == pytest.approx((theirs[2] - 16) / 5)
+
+
+def test_a_millisecond_is_no_disagreement():
+    clocks = Clocks()
+    result = RequestResult("a", 3, (1, 2), 100.0, (100.004, 100.005), "length")
+    clocks.compare(SimpleNamespace(first_token_latency=0.0049, first_token_ts=7.0, last_token_ts=7.0019), result)
+    assert clocks.compared == 1 and not clocks.notice()
+
+
+def test_a_step_that_was_not_scheduled_is_an_error(monkeypatch):
+    monkeypatch.setattr(package, "version", lambda: "9.9.9")
+    with pytest.raises(InputError, match=r"with 1 requests did not call scheduler\.schedule"):
+        steps.read_step(None, [], {"a-1": steps.Running("a", 5, 5)})
+    assert steps.read_step(None, [], {}).batch_size == 0
 
 
 def test_alias_calls_and_reads_through():
