@@ -24,6 +24,7 @@ from engines.base import (
     WHOLE_LAYER,
     Capacity,
     EngineConfig,
+    HostPhases,
     InputError,
     Probe,
     Request,
@@ -311,6 +312,9 @@ class HF:
             self.add(request)
         while self.has_unfinished():
             yield from self._advance()
+
+    def host_phases(self) -> HostPhases:
+        return {}
 
     def attach(self, probe: Probe, mode: TraceMode) -> None:
         if mode == "graph":

@@ -28,7 +28,7 @@ CONFIG_NAME = "config"
 GROUPS = ("engine", "model", "workload", "instrument")
 
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
-WORKLOAD_KINDS = ("steps", "throughput")
+WORKLOAD_KINDS = ("steps", "generate", "throughput")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cuda", "cpu")
 LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -124,8 +124,9 @@ class WorkloadConf:
     """What is run.
 
     `steps`: single steps over grids; `prefill` holds [sequences, prompt tokens], `decode` [sequences, tokens in the
-    cache]; the `cpu_` grids are used without a GPU. `throughput`: `num_requests` requests (`cpu_num_requests` without a
-    GPU) that all arrive at once, with lengths drawn from the ranges `prompt_len` and `output_len`, ends included.
+    cache]; the `cpu_` grids are used without a GPU. `generate`: whole calls over the same grids, where `decode` holds
+    [sequences, prompt tokens] and each makes `output_tokens`. `throughput`: `num_requests` requests (`cpu_num_requests`
+    without a GPU) that all arrive at once, lengths drawn from the ranges `prompt_len` and `output_len`, ends included.
     """
 
     name: str = MISSING
@@ -134,6 +135,7 @@ class WorkloadConf:
     decode: list[list[int]] = field(default_factory=list)
     cpu_prefill: list[list[int]] = field(default_factory=list)
     cpu_decode: list[list[int]] = field(default_factory=list)
+    output_tokens: int = 0
     num_requests: int = 0
     cpu_num_requests: int = 0
     prompt_len: list[int] = field(default_factory=list)
@@ -149,7 +151,9 @@ class WorkloadConf:
                 for shape in getattr(self, grid):
                     pair = len(shape) == 2 and min(shape) >= 1
                     _require(pair, f"workload.{grid}", f"pairs [batch, {second}] of numbers from 1 on", shape)
-        if self.kind == "steps":
+        if self.kind == "generate":
+            _at_least(2, "workload.", self, "output_tokens")
+        if self.kind in ("steps", "generate"):
             for prefix in ("", "cpu_"):
                 shapes = getattr(self, f"{prefix}prefill") + getattr(self, f"{prefix}decode")
                 names = f"workload.{prefix}prefill and workload.{prefix}decode"
@@ -164,13 +168,16 @@ class WorkloadConf:
 
 @dataclass
 class InstrumentConf:
-    """How it is measured: `nvtx` ranges, an `eager` pass with ops, a `graph` pass with layers inside CUDA graphs.
+    """How it is measured: `nvtx` ranges; a pass that times the phases of the `host`; on a GPU one that records the
+    `kernels` of steps as they are timed; an `eager` pass with ops; a `graph` pass with layers inside CUDA graphs.
 
     The timed pass of a shape ends once its median is known to `precision` (relative), within the bounds on iterations
     and seconds (of two that cross, `max_iterations` counts); instrumented passes take `traced_iterations` steps.
     """
 
     nvtx: bool = True
+    host: bool = True
+    kernels: bool = True
     eager: bool = True
     graph: bool = True
     precision: float = 0.01

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from engines.base import Capacity, EngineConfig, InputError, Request
 from harness import workloads
 from harness.config import Config
-from harness.workloads import Shape
+from harness.workloads import Call, Shape
 
 _SPARE_LEN = 256
 """Room for the prompts of the verification, where the workload alone would ask for less."""
@@ -18,16 +18,19 @@ _SPARE_LEN = 256
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All that a run will do: requests to serve (none in a `steps` workload), and shapes to time and to trace."""
+    """All that a run will do: shapes to time and to trace, requests to serve, generate calls to time."""
 
     shapes: list[Shape]
-    requests: list[Request]
+    requests: list[Request] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     @staticmethod
     def of(config: Config, device: str) -> Work:
         """What `config` asks for on `device`."""
         if config.workload.kind == "steps":
-            return Work(workloads.shapes(config.workload, device), [])
+            return Work(workloads.shapes(config.workload, device))
+        if config.workload.kind == "generate":
+            return Work([], calls=workloads.calls(config.workload, device))
         typical = workloads.trace_shapes(config.workload, device, config.limits.max_num_batched_tokens)
         return Work(typical, workloads.requests(config.workload, device, config.model.vocab_size, config.seed))
 
@@ -52,6 +55,7 @@ def engine_config(config: Config, work: Work, checkpoint: Path, device: str) -> 
     limits, model = config.limits, config.model
     budget = limits.max_num_batched_tokens
     sizes = [(f"The {s}", s.length(budget), s.batch_size) for s in work.shapes]
+    sizes += [(f"The call of {c}", c.prompt_len + c.output_len, c.batch_size) for c in work.calls]
     sizes += [(f"Request {r.request_id} of the workload", request_len(r), 1) for r in work.requests]
     longest = max(length for _, length, _ in sizes)
     max_model_len = limits.max_model_len or max(longest, min(_SPARE_LEN, model.max_position_embeddings))

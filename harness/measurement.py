@@ -5,30 +5,38 @@ What goes wrong with one shape becomes a row with the reason, and the next shape
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
 
 from engines.base import Engine, Request, RequestResult, SamplingParams, TraceMode, TraceUnsupported
-from harness import machine, tables
+from harness import machine, rounds, tables
 from harness.config import Config
 from harness.instruments.events import EventProbe, GraphEventProbe
 from harness.instruments.host import HostProbe
+from harness.instruments.kernels import KernelProbe, KernelSample, disagreeing, read
 from harness.instruments.nvtx import NvtxProbe, Ranges
+from harness.instruments.phases import PhaseTimer
 from harness.instruments.probe import Instrument, Tee
 from harness.passes import Sample, ShapeSteps, UnexpectedStep, undisturbed
 from harness.progress import Reporter
 from harness.results import RunWriter, request_row
-from harness.statistics import StoppingRule, warmup_count
+from harness.rounds import Blocks, Item
+from harness.statistics import StoppingRule, median_interval, warmup_count
 from harness.workloads import Prompts, Shape
 
 PREFILL_WARMUP, TRACED_WARMUP = 2, 1
 """Prefills left out before the first sample of a shape; kernels are compiled in the first one."""
+MIN_BLOCKS = 5
+"""Fewest blocks of an item in a run of one engine."""
 SERVE_WARMUP_REQUESTS, SERVE_WARMUP_TOKENS = 4, 16
-TIMED = "timed"
+TIMED, HOST, KERNELS = "timed", "host", "kernels"
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -38,7 +46,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Measurement:
-    """All passes of one run. `passes` holds what `run.json` says of each shape, by pass: timed, eager, graph."""
+    """All passes of one run. `passes` holds what `run.json` says of shapes, by pass: timed, host, ... ."""
 
     def __init__(
         self, config: Config, engine: Engine, device: str, shapes: Iterable[Shape], writer: RunWriter, ranges: Ranges,
@@ -55,6 +63,33 @@ class Measurement:
         self.passes: dict[Shape, dict[str, dict[str, Any]]] = {shape: {} for shape in shapes}
         self.traces: dict[str, str] = {}
         self.failures: list[str] = []
+        self._blocks: Blocks | None = None
+
+    def blocks(self, requests: Sequence[Request]) -> Blocks:
+        """What measures blocks on this engine: always the same one, so that no prompt comes twice."""
+        if self._blocks is None:
+            self._blocks = Blocks(self.engine, self.prompts, self.config.workload.temperature, requests)
+        return self._blocks
+
+    def time_rounds(self, timed: Sequence[Item], requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """Blocks of each item until its median is known; returns what `run.json` says of them."""
+        conf, blocks, begun_s = self.config.instrument, self.blocks(requests), time.perf_counter()
+        records = []
+        with self.reporter.bar("timing", len(timed)) as done:
+            for item in timed:
+                blocks.measure(item)  # warm-up
+                rule = StoppingRule(conf.precision, MIN_BLOCKS, conf.max_iterations, conf.max_seconds_per_shape)
+                while rule.done is None:
+                    started_s = time.perf_counter() - begun_s
+                    samples = blocks.measure(item)
+                    number = len(rule.samples)
+                    self.writer.add_rounds([rounds.row(self.engine, item, 0, number, started_s, samples)])
+                    rule.add(statistics.median(samples))
+                median = median_interval(rule.samples)
+                records.append({**item.key, "arm": self.engine.arm, "stopped": rule.done, **asdict(median)})
+                self.writer.flush()
+                done(str(item))
+        return records
 
     def serve(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Serve all of `requests` at once, after a warm-up; returns what `run.json` says of it."""
@@ -120,6 +155,94 @@ class Measurement:
                 if self.device != "cpu":
                     record["gpu"] = machine.gpu_state()
                 self.passes[shape][TIMED] = record
+
+    def trace_kernels(self) -> None:
+        """Record the kernels of every shape, on the engine as it is timed."""
+        try:
+            if self.ranges.enabled:
+                raise TraceUnsupported("Another tool is attached, and CUPTI serves one at a time.")
+            probe = KernelProbe()
+        except TraceUnsupported as reason:
+            self.traces[KERNELS] = str(reason)
+            return
+        self.traces[KERNELS] = "ok"
+        with self.reporter.bar("recording kernels", len(self.passes)) as done:
+            for shape in self.passes:
+                self._record_kernels(shape, probe)
+                self.writer.flush()
+                done(str(shape))
+
+    def trace_host(self) -> None:
+        """Time the host's phases in the steps of every shape, on the engine as it is timed."""
+        if not self.engine.host_phases():
+            self.traces[HOST] = f"{self.engine.name} names no phases of its steps."
+            return
+        self.traces[HOST] = "ok"
+        with self.reporter.bar("timing host phases", len(self.passes)) as done:
+            for shape in self.passes:
+                self._time_host(shape)
+                self.writer.flush()
+                done(str(shape))
+
+    def _time_host(self, shape: Shape) -> None:
+        timer = PhaseTimer(self.engine.host_phases())
+        source = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature, timer).samples(shape)
+        try:
+            with self._failing(shape, HOST), undisturbed(), timer.attached():
+                next(source)
+                timer.steps.clear()
+                samples = list(islice(source, self.config.instrument.traced_iterations))
+                steps = timer.steps
+                if len(steps) != len(samples):
+                    raise TraceUnsupported("Its prompts take several steps.")
+                mode = tables.timed_mode(self.engine, shape)
+                self.writer.add_host(tables.host_rows(self.engine, shape, steps, mode))
+                medians = {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
+                record = tables.pass_record(self.engine, shape, samples, mode) | {"phases_us": medians}
+                if timed_us := self.passes[shape].get(TIMED, {}).get("wall_us"):
+                    record["overhead"] = record["wall_us"] / timed_us
+                self.passes[shape][HOST] = record
+        finally:
+            source.close()
+
+    def _record_kernels(self, shape: Shape, probe: KernelProbe) -> None:
+        conf, model = self.config.instrument, self.config.model
+        source = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature, probe).samples(shape)
+        mode = tables.timed_mode(self.engine, shape)
+        try:
+            with self._failing(shape, KERNELS), undisturbed():
+                next(source)
+                samples: list[Sample] = []
+                ends = [0]
+                with probe.window():
+                    deadline = time.perf_counter() + conf.max_seconds_per_shape
+                    # The first one pays for the profiler's buffers, and is left out.
+                    while len(samples) <= conf.traced_iterations and (
+                        len(samples) < 2 or time.perf_counter() < deadline
+                    ):
+                        samples.append(next(source))
+                        ends.append(probe.marked)
+                read_samples = [
+                    read(probe.steps[begin:end], model.num_layers, model.architecture == "qwen3", mode)
+                    for begin, end in pairwise(ends[1:])
+                ]
+                self._keep_kernels(shape, mode, samples[1:], read_samples)
+        finally:
+            source.close()
+
+    def _keep_kernels(self, shape: Shape, mode: str, samples: list[Sample], found: list[KernelSample]) -> None:
+        """Rows and record of the samples that ran the same kernels; the others are told."""
+        refused = disagreeing([kernels.sequence for kernels in found])
+        pairs = [pair for i, pair in enumerate(zip(samples, found, strict=True)) if i not in refused]
+        samples = [replace(sample, trace=kernels.trace) for sample, kernels in pairs]
+        step_rows, layer_rows = tables.traced_rows(self.engine, shape, samples, mode)
+        self.writer.add_steps(step_rows)
+        self.writer.add_layers(layer_rows)
+        record = tables.pass_record(self.engine, shape, samples, mode)
+        record |= tables.kernels_record([kernels for _, kernels in pairs]) | {"refused": list(refused.values())}
+        if timed_us := self.passes[shape].get(TIMED, {}).get("wall_us"):
+            record["overhead"] = record["wall_us"] / timed_us
+        self.passes[shape][KERNELS] = record
 
     def trace(self, mode: TraceMode, timers: bool) -> None:
         """Trace every shape in `mode` (decode only in graphs), with timers, and with NVTX ranges if a tool listens."""
@@ -191,7 +314,7 @@ class Measurement:
                 reason = f"out of memory: {reason}"
                 if self.device != "cpu":
                     torch.cuda.empty_cache()
-            mode = tables.timed_mode(self.engine, shape) if name == TIMED else name
+            mode = tables.timed_mode(self.engine, shape) if name in (TIMED, HOST, KERNELS) else name
             self.writer.add_steps([tables.failed_row(self.engine, shape, mode, name != TIMED, reason)])
             self.passes[shape][name] = {"status": reason}
             self.failures.append(f"{shape}, {name}: {reason}")

@@ -37,6 +37,8 @@ class Runs:
     layers: pd.DataFrame
     steps: pd.DataFrame
     requests: pd.DataFrame
+    host: pd.DataFrame
+    rounds: pd.DataFrame
     runs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -92,6 +94,14 @@ class RunWriter:
         """Add rows of `requests` (see `request_row`); as `add_steps`."""
         self._add("requests", rows)
 
+    def add_host(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows of `host`; as `add_steps`."""
+        self._add("host", rows)
+
+    def add_rounds(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows of `rounds`; as `add_steps`."""
+        self._add("rounds", rows)
+
     def flush(self) -> None:
         """Write all rows so far. Costs time: call it between shapes, never inside a timed loop."""
         for name in sorted(self._unwritten):
@@ -101,7 +111,7 @@ class RunWriter:
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Write `run.json`: `run` with run_id and schema_version. ValueError where it holds NaN or infinity."""
-        _write_json(self.run_dir / RUN_FILE, self._stamped(run))
+        write_json(self.run_dir / RUN_FILE, self._stamped(run))
 
     def _add(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
         checked = [_checked({"run_id": self.run_id, **row}, TABLES[table]) for row in rows]
@@ -148,7 +158,8 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         temp.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` in one move. ValueError where it holds NaN or infinity."""
     text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
     _replace(path, lambda temp: temp.write_text(text))
 

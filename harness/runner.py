@@ -25,9 +25,10 @@ from harness.config import Config
 from harness.errors import RunFailed
 from harness.instruments.nvtx import Ranges
 from harness.limits import Work, check_capacity, device_of, engine_config, too_large
-from harness.measurement import TIMED, Measurement
+from harness.measurement import KERNELS, TIMED, Measurement
 from harness.progress import Reporter
 from harness.results import RunWriter
+from harness.rounds import items
 from harness.summary import print_summary
 from harness.verify import verify
 from harness.weights import resolve
@@ -35,6 +36,8 @@ from harness.workloads import Shape
 
 LOWEST_CLOSURE, HIGHEST_CLOSURE = 0.98, 1.02
 """Closure outside these is told as a doubt."""
+LOWEST_ATTRIBUTED = 0.98
+"""So is a smaller share of kernel time with a place in the model."""
 
 
 def run(config: Config, run_dir: Path, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def run(config: Config, run_dir: Path, reporter: Reporter | None = None) -> dict
     InputError: it cannot be done, and nothing was written. RunFailed: verification failed, or no shape could be timed.
     KeyboardInterrupt: what was measured is kept.
     """
-    session = Session(config, run_dir, reporter or Reporter())
+    session = Session(config, run_dir, reporter)
     with session.started():
         session.measure()
     print_summary(run_dir)
@@ -61,12 +64,12 @@ def start_engine(target: str, config: EngineConfig) -> Engine:
 
 
 class Session:
-    """One engine and the run folder that its results go to. Inside `started` the engine runs and its output is verified."""
+    """One engine and the folder that its results go to. Inside `started` the engine runs, its output verified."""
 
-    def __init__(self, config: Config, run_dir: Path, reporter: Reporter) -> None:
+    def __init__(self, config: Config, run_dir: Path, reporter: Reporter | None = None) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.reporter = reporter
+        self.reporter = reporter or Reporter()
         self.device = device_of(config)
         self.work = Work.of(config, self.device)
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{config.engine.name}-{uuid.uuid4().hex[:8]}"
@@ -150,6 +153,10 @@ class Session:
     def measure(self) -> None:
         """All passes of the config's workload. RunFailed: no shape could be timed."""
         measured = self.measured
+        if self.work.calls:
+            with self._phase("timed"):
+                self.record["rounds"] = measured.time_rounds(items(self.work), self.work.requests)
+            return
         if self.work.requests:
             with self._phase("serve"):
                 self.record["throughput"] = measured.serve(self.work.requests)
@@ -158,6 +165,12 @@ class Session:
         if not self.work.requests and all(passes[TIMED]["status"] != "ok" for passes in measured.passes.values()):
             raise RunFailed(f"No shape could be timed; the first failure: {measured.failures[0]}")
         conf = self.config.instrument
+        if conf.host:
+            with self._phase("trace_host"):
+                measured.trace_host()
+        if conf.kernels:
+            with self._phase("trace_kernels"):
+                measured.trace_kernels()
         with self._cuda_profiler():
             with self._phase("trace_eager"):
                 measured.trace("eager", timers=conf.eager)
@@ -211,11 +224,12 @@ class Session:
 
     def _doubts(self) -> Iterator[str]:
         """What makes the numbers less believable."""
+        yield from self.measured.engine.notes.get("notices", [])
         for mode, outcome in self.measured.traces.items():
             if outcome != "ok":
                 yield f"No {mode} trace: {outcome}"
         passes = self.measured.passes
-        for name in ("eager", "graph"):
+        for name in ("eager", "graph", KERNELS):
             shares = [found["closure"] for p in passes.values() if "closure" in (found := p.get(name, {}))]
             off = [share for share in shares if not LOWEST_CLOSURE <= share <= HIGHEST_CLOSURE]
             if off:
@@ -223,6 +237,11 @@ class Session:
                     f"In the {name} trace of {len(off)} of {len(shares)} shapes, layers and what lies outside them add "
                     f"up to {min(off):.1%} to {max(off):.1%} of the step."
                 )
+        for shape, found in ((shape, p.get(KERNELS, {})) for shape, p in passes.items()):
+            if (share := found.get("attributed", 1.0)) < LOWEST_ATTRIBUTED:
+                yield f"{shape}: only {share:.1%} of kernel time has a place in the model."
+            if refused := found.get("refused"):
+                yield f"{shape}: {len(refused)} samples with other kernels are left out of the trace. {refused[0]}"
         for shape, found in ((shape, p.get(TIMED, {}).get("gpu") or {}) for shape, p in passes.items()):
             if found.get("throttled"):
                 yield f"{shape}: the GPU was throttled ({', '.join(found['throttle_reasons'])})."

@@ -47,11 +47,18 @@ LAYERS = _table(
     *_WHO,
     *_SHAPE,
     _column("layer_index", pa.int32(), "Decoder layer from 0; -1 for what lies outside the layers."),
-    _column("block", pa.string(), "embed, attention, mlp, head or sample; layer for a whole decoder layer."),
+    _column("block", pa.string(), "embed, attention, mlp, head, sample or step; layer for a whole decoder layer."),
     _column("op", pa.string(), "What ran, joined with + where one kernel does several; layer for a whole layer."),
-    _column("kernels", pa.string(), "Names of the GPU kernels that ran, where the source knows them, else empty."),
-    _column("start_us", pa.float64(), "Start, counted from the step's start.", unit="us"),
-    _column("latency_us", pa.float64(), "Duration. A whole layer's includes its ops'.", unit="us"),
+    _column(
+        "kernels", pa.string(), "Names of the GPU kernels that ran, joined with '; ', where the source knows them."
+    ),
+    _column("start_us", pa.float64(), "Start, from the step's start on; of cupti from its first kernel on.", unit="us"),
+    _column(
+        "latency_us",
+        pa.float64(),
+        "Duration; an op's of cupti without gaps. Layers include ops.",
+        unit="us",
+    ),
 )
 STEPS = _table(
     *_WHO,
@@ -74,6 +81,26 @@ REQUESTS = _table(
     _column("e2el_ms", pa.float64(), "Time of last token - arrival; null if n = 0.", unit="ms", nullable=True),
     _column("finish_reason", pa.string(), "length, stop or abort."),
 )
+HOST = _table(
+    *_WHO,
+    *_SHAPE,
+    _column("host_phase", pa.string(), "schedule, prepare, launch, sample, finish; rest: mostly waiting for the GPU."),
+    _column("latency_us", pa.float64(), "Host time of the phase in the step, without phases inside it.", unit="us"),
+)
+ROUNDS = _table(
+    *_WHO,
+    _column("metric", pa.string(), "step_ms, tpot_ms, generate_ms or output_tok_s: what `value` is, with its unit."),
+    _column("phase", pa.string(), "prefill or decode; serve for a whole workload of requests."),
+    _column("batch_size", pa.int32(), "Sequences at once; requests of a whole workload."),
+    _column("tokens", pa.int32(), "Prompt tokens, or tokens in the cache of decode steps; 0: mixed.", unit="tokens"),
+    _column("output_len", pa.int32(), "Tokens made for each sequence; 0: single steps, or mixed.", unit="tokens"),
+    _column("launch", pa.int32(), "Number of the engine's process, from 0."),
+    _column("round", pa.int32(), "Number of the round, from 0; rounds of one number ran next to each other."),
+    _column("started_s", pa.float64(), "When the block began, counted from the comparison's start.", unit="s"),
+    _column("samples", pa.int32(), "Steps or calls in the block, whose median is `value`; 0 if it failed."),
+    _column("value", pa.float64(), "The block's median; null if it failed.", nullable=True),
+    _column("status", pa.string(), "ok, or the reason why this block has no value."),
+)
 
-TABLES: dict[str, pa.Schema] = {"layers": LAYERS, "steps": STEPS, "requests": REQUESTS}
+TABLES: dict[str, pa.Schema] = {"layers": LAYERS, "steps": STEPS, "requests": REQUESTS, "host": HOST, "rounds": ROUNDS}
 """Table name (its file is `<name>.parquet`) to schema."""

@@ -24,6 +24,8 @@ _ZSTD_LEVEL = 19
 _CONFIG_FILES = ("config.yaml", "overrides.yaml")
 """What is kept of `.hydra/`; its hydra.yaml tells only where the run stood on its machine."""
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.@+-]+/)*([\w.@+-]+)")
+_WHOLE = ("requests", "rounds")
+"""Tables that are small as they are."""
 _SHAPE = ["engine", "arm", "phase", "batch_size", "new_tokens", "context_len", "mode", "source"]
 
 
@@ -31,8 +33,9 @@ def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
     """Copy the run in `run_dir` to the folder `target` with at most `max_iterations` iterations of each shape.
 
     Iterations are taken evenly from first to last, so that drift stays visible, and a kept iteration keeps all its
-    layers and ops. Requests all stay. `run.json` gets `slimmed` with what was done, and loses the folders of absolute
-    paths. A run that stood in `target` is replaced. InputError: `run_dir` is no readable run, or `target` is not free.
+    layers and ops. Requests and rounds all stay. `run.json` gets `slimmed` with what was done, and loses the folders of
+    absolute paths. A run that stood in `target` is replaced. InputError: `run_dir` is no readable run, or `target` is
+    not free.
     """
     source, target = Path(run_dir), Path(target)
     runs = load(source)
@@ -45,12 +48,12 @@ def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
     temp = target.with_name(f".{target.name}.slim")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
-    frames = {"layers": runs.layers, "steps": runs.steps, "requests": runs.requests}
     rows = {}
     for name, schema in TABLES.items():
         keys = [*_SHAPE, "instrumented"] if name == "steps" else _SHAPE
-        frame = frames[name] if name == "requests" else _thinned(frames[name], keys, max_iterations)
-        rows[name] = [len(frames[name]), len(frame)]
+        whole = getattr(runs, name)
+        frame = whole if name in _WHOLE else _thinned(whole, keys, max_iterations)
+        rows[name] = [len(whole), len(frame)]
         table = _rounded(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
         table = table.replace_schema_metadata(schema.metadata)
         pq.write_table(table, temp / f"{name}.parquet", compression="zstd", compression_level=_ZSTD_LEVEL)

@@ -35,6 +35,8 @@ def _print_run(run: dict[str, Any], layers: pd.DataFrame, console: Console) -> N
     title = f"{engine}, {run.get('model')}, {run.get('workload')}, {run.get('dtype')} on {run.get('device')}"
     if run.get("shapes"):
         console.print(steps_table(run, layers, title))
+    if run.get("rounds"):
+        console.print(rounds_table(run["rounds"], title))
     if run.get("status") != "ok":
         console.print(f"This run is {run.get('status')}. {run.get('error', '')}", markup=False, soft_wrap=True)
     if served := run.get("throughput"):
@@ -46,11 +48,11 @@ def _print_run(run: dict[str, Any], layers: pd.DataFrame, console: Console) -> N
 
 
 def steps_table(run: dict[str, Any], layers: pd.DataFrame, title: str) -> Table:
-    """One row per shape: its untraced step time, and where the time goes in its eager trace."""
+    """One row per shape: its untraced step time, and where the time goes in its kernel trace, else its eager one."""
     table = Table(title=title, title_justify="left")
     for name in ("phase", "batch", "tokens", "step ms", "95 % interval", "mode"):
         table.add_column(name, justify="left" if name in ("phase", "mode") else "right")
-    table.add_column("slowest ops (share of the eager step)")
+    table.add_column("slowest ops (share of the traced step)")
     for shape in run["shapes"]:
         timed = shape.get("timed", {"status": "not reached"})
         who = (shape["phase"], str(shape["batch_size"]), str(shape["tokens"]))
@@ -63,8 +65,23 @@ def steps_table(run: dict[str, Any], layers: pd.DataFrame, title: str) -> Table:
     return table
 
 
+def rounds_table(records: list[dict[str, Any]], title: str) -> Table:
+    """One row per item of a `generate` workload."""
+    table = Table(title=title, title_justify="left")
+    for name in ("phase", "batch", "prompt", "new tokens", "metric", "median", "95 % interval", "calls"):
+        table.add_column(name, justify="left" if name in ("phase", "metric") else "right")
+    for r in records:
+        size = (str(r["batch_size"]), str(r["tokens"]), str(r["output_len"]))
+        interval = f"{r['low']:.3f} - {r['high']:.3f}"
+        table.add_row(r["phase"], *size, r["metric"], f"{r['median']:.3f}", interval, str(r["samples"]))
+    return table
+
+
 def slowest_ops(layers: pd.DataFrame, shape: dict[str, Any]) -> list[tuple[str, float]]:
-    """Ops of a shape of `run.json` that take most of its eager steps, over all layers, with their shares."""
+    """Ops of a shape of `run.json` that take most of its traced steps, over all layers, with their shares.
+
+    Kernels say it of the step as it is timed; without them the eager trace stands in.
+    """
     context = 0 if shape["phase"] == "prefill" else shape["tokens"]
     new_tokens = shape["batch_size"] * (shape["tokens"] if shape["phase"] == "prefill" else 1)
     rows = layers[
@@ -72,8 +89,9 @@ def slowest_ops(layers: pd.DataFrame, shape: dict[str, Any]) -> list[tuple[str, 
         & (layers["batch_size"] == shape["batch_size"])
         & (layers["new_tokens"] == new_tokens)
         & (layers["context_len"] == context)
-        & (layers["mode"] == "eager")
     ]
+    from_kernels = rows["source"] == "cupti"
+    rows = rows[from_kernels if from_kernels.any() else rows["mode"] == "eager"]
     is_layer = rows["op"] == WHOLE_LAYER
     whole = rows.loc[is_layer | (rows["layer_index"] == NO_LAYER), "latency_us"].sum()
     ops = rows[~is_layer].groupby("op")["latency_us"].sum().nlargest(SLOWEST_OPS)

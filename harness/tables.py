@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from engines.base import NO_LAYER, WHOLE_LAYER, Engine
+from harness.instruments.kernels import KernelSample
 from harness.instruments.probe import StepTrace
 from harness.passes import Sample
 from harness.statistics import median_interval
@@ -54,8 +55,17 @@ def traced_rows(
         host_us = None if trace.gpu_us is None else max(0.0, sample.wall_us - trace.gpu_us)
         times = {"wall_us": sample.wall_us, "gpu_us": trace.gpu_us, "host_us": host_us}
         steps.append({**key, **times, "instrumented": True, "status": "ok"})
-        layers += [{**key, "kernels": "", **asdict(interval)} for interval in trace.intervals]
+        layers += [{**key, **asdict(interval)} for interval in trace.intervals]
     return steps, layers
+
+
+def host_rows(engine: Engine, shape: Shape, steps: Sequence[dict[str, float]], mode: str) -> list[dict[str, Any]]:
+    """`host` of a pass: a row per step and phase."""
+    return [
+        {**keys(engine, shape, mode, "host", i), "host_phase": phase, "latency_us": latency_us}
+        for i, step in enumerate(steps)
+        for phase, latency_us in step.items()
+    ]
 
 
 def failed_row(engine: Engine, shape: Shape, mode: str, instrumented: bool, reason: str) -> dict[str, Any]:
@@ -90,6 +100,13 @@ def pass_record(engine: Engine, shape: Shape, samples: Sequence[Sample], mode: s
     if shape.phase == "decode":
         record["mean_context_len"] = statistics.fmean(s.context_len for s in samples)
     return record
+
+
+def kernels_record(samples: Sequence[KernelSample]) -> dict[str, Any]:
+    """What `run.json` says of a shape's kernels: medians, and the lowest share of kernel time that has a site."""
+    names = ("gaps", "closure", "kernels", "launches")
+    medians = {name: statistics.median(getattr(s, name) for s in samples) for name in names}
+    return {"attributed": min(s.attributed for s in samples), **medians}
 
 
 def throughput_record(engine: Engine, rows: Sequence[dict[str, Any]], wall_s: float) -> dict[str, Any]:

@@ -68,8 +68,31 @@ class Shape:
         return f"{self.phase} of {self.batch_size} {what} {self.tokens} tokens"
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A whole generate call: `batch_size` prompts of `prompt_len` tokens, all at once, `output_len` tokens for each."""
+
+    batch_size: int
+    prompt_len: int
+    output_len: int
+
+    @property
+    def phase(self) -> Literal["prefill", "decode"]:
+        """What the call is there to show: with one token of output it is the prompts, with more the tokens' time."""
+        return "prefill" if self.output_len == 1 else "decode"
+
+    def __str__(self) -> str:
+        return f"{self.batch_size} prompts of {self.prompt_len} tokens, {self.output_len} new"
+
+
+def calls(conf: WorkloadConf, device: str) -> list[Call]:
+    """The calls of a `generate` workload for this device, prefill first."""
+    lengths = {"prefill": 1, "decode": conf.output_tokens}
+    return [Call(s.batch_size, s.tokens, lengths[s.phase]) for s in shapes(conf, device)]
+
+
 def shapes(conf: WorkloadConf, device: str) -> list[Shape]:
-    """The grid of a `steps` workload for this device, prefill first."""
+    """The grid of a workload for this device, prefill first."""
     on_gpu = device != "cpu"
     prefill, decode = (conf.prefill, conf.decode) if on_gpu else (conf.cpu_prefill, conf.cpu_decode)
     return [Shape("prefill", b, t) for b, t in prefill] + [Shape("decode", b, c) for b, c in decode]

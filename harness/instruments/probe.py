@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from engines.base import Probe, Site, StepKind, TraceMode
+from engines.base import Probe, Site, StepKind
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Time that one site took in one step. `start_us` counts from the moment when the step was started."""
+    """Time that one site took in one step. `start_us` counts from the moment when the step was started.
+
+    `kernels` names the GPU kernels that ran, joined with "; ", where the instrument knows them.
+    """
 
     layer_index: int
     block: str
     op: str
     start_us: float
     latency_us: float
+    kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class StepTrace:
 
     intervals: list[Interval]
     gpu_us: float | None = None
-    mode: TraceMode = "eager"
+    mode: str = "eager"
     source: str = "host"
 
 

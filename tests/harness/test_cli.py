@@ -61,9 +61,9 @@ def test_a_run_ends_with_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["engine=vlm"], "Did you mean vllm?"),
+        (["engine=vlm"], "Did you mean vllm or nano_vllm?"),
         (["limits.max_num_seqs=-3"], "at least 1, not -3"),
-        (["-m", "engine=fused,nan"], "Did you mean nano?"),
+        (["-m", "engine=fused,nan"], "Did you mean nano or nano_vllm?"),
         (["--cfg", "job", "sed=1"], "did you mean seed?"),
         (["results=file"], "Cannot write results to file: Not a directory."),
         (["engine=nano"], "nano cannot do this."),
@@ -148,7 +148,7 @@ def test_interrupt_ends_a_sweep(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "shows"),
     [
-        (["--help"], "engine: fused, hf, nano, vllm"),
+        (["--help"], "engine: fused, hf, nano, nano_vllm, vllm"),
         (["--cfg", "job"], "hub_id: Qwen/Qwen3-0.6B"),
         (["--info", "defaults"], "workload/latency"),
     ],

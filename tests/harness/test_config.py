@@ -93,7 +93,7 @@ def test_throughput_is_nano_vllms_benchmark() -> None:
         ("workload.prefill=[[1,2,3]]", "workload.prefill must be pairs"),
         ("workload.cpu_decode=[[a,b]]", "incompatible with type hint 'int'|could not be converted"),
         ("workload.temperature=-0.1", "temperature must be 0"),
-        ("workload.kind=serve", "workload.kind must be one of steps, throughput"),
+        ("workload.kind=serve", "workload.kind must be one of steps, generate, throughput"),
         ("instrument.precision=0", "instrument.precision must be between 0 and 1"),
         ("instrument.max_iterations=0", "instrument.max_iterations must be at least 1, not 0"),
         ("model.num_kv_heads=5", r"divisor of num_heads \(16\), not 5"),

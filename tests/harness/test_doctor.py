@@ -20,7 +20,7 @@ def test_json_answer_names_every_engine(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(doctor, "run_python", lambda code, *_: (True, '["none", false]' if "json" in code else ""))
     assert doctor.main() == 0
     answer = json.loads(capsys.readouterr().out)
-    assert [engine["name"] for engine in answer["engines"]] == ["fused", "hf", "nano", "vllm"]
+    assert [engine["name"] for engine in answer["engines"]] == ["fused", "hf", "nano", "nano_vllm", "vllm"]
     assert [row["name"] for row in answer["attention"]][-1] == "plain PyTorch"
     assert answer["machine"]["cuda usable"] is False
     versions = {package["name"]: package["detail"] for package in answer["packages"]}

@@ -111,7 +111,7 @@ def test_a_flush_keeps_earlier_rows_and_leaves_nothing_else(tmp_path: Path) -> N
             assert os.fstat(old.fileno()).st_ino != (tmp_path / "run" / "layers.parquet").stat().st_ino
             assert old.read() == before
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files == {"run.json", "layers.parquet", "steps.parquet", "requests.parquet"}
+    assert files == {"run.json", *(f"{name}.parquet" for name in TABLES)}
 
 
 def test_an_interrupted_write_keeps_the_last_valid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,8 @@ def test_slim_keeps_whole_iterations_from_first_to_last(tmp_path: Path) -> None:
     assert small.layers.dtypes.to_dict() == full.layers.dtypes.to_dict()
     assert list(small.requests["itl_ms"].iloc[0]) == [10.0, 10.0, 10.0]
     run = small.runs[0]
-    assert run["slimmed"]["rows_before_after"] == {"layers": [100, 10], "steps": [50, 5], "requests": [1, 1]}
+    kept = {name: rows for name, rows in run["slimmed"]["rows_before_after"].items() if rows != [0, 0]}
+    assert kept == {"layers": [100, 10], "steps": [50, 5], "requests": [1, 1]}
     assert (run["checkpoint"], run["notes"], run["status"]) == ("weights", ["b", "c/d"], "done")
     for name in TABLES:
         schemas = [pq.read_schema(f / f"{name}.parquet") for f in (folder, target)]

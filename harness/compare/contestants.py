@@ -1,0 +1,51 @@
+"""Who takes part in a comparison, and with which config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engines.base import InputError
+from harness.config import Config, compose
+
+GPU_SHARE = 0.9
+"""Of the GPU's memory, for all contestants together, unless limits.gpu_memory_utilization says what each may take."""
+_SHARE_KEY = "limits.gpu_memory_utilization"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An engine with options of its own. `label` is what was asked for, like `vllm:serve_arm=inproc_async`."""
+
+    label: str
+    config: Config
+
+    @property
+    def folder(self) -> str:
+        return folder_name(self.label)
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of the folder of its runs."""
+    return re.sub(r"[^\w.=-]+", "-", label)
+
+
+def contestants(labels: Sequence[str], overrides: Sequence[str]) -> list[Contestant]:
+    """The contestants of `labels` ("ENGINE" or "ENGINE:option=value:..."), all with the overrides of the command line.
+
+    InputError: none, the same one twice, or what Hydra does not take.
+    """
+    if not labels:
+        raise InputError("engines names no engine, as in engines=[vllm,nano,fused].")
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise InputError(f"engines names {sorted(twice)[0]} twice.")
+    common = list(overrides)
+    if not any(override.lstrip("+").startswith(f"{_SHARE_KEY}=") for override in common):
+        common.append(f"{_SHARE_KEY}={GPU_SHARE / len(labels):.3f}")
+    found = []
+    for label in labels:
+        engine, *options = label.split(":")
+        own = [f"++engine.options.{option}" for option in options]
+        found.append(Contestant(label, compose([f"engine={engine}", *common, *own])))
+    return found

@@ -1,0 +1,158 @@
+"""A contestant's process: one engine, verified, that measures a block whenever it is asked to.
+
+The parent sees only messages: the process that measures must not be disturbed by whoever compares.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.config import Config
+from harness.measurement import out_of_memory
+from harness.passes import UnexpectedStep
+
+if TYPE_CHECKING:
+    from harness.runner import Session
+
+LOG_FILE = "worker.log"
+START_TIMEOUT_S, BLOCK_TIMEOUT_S, CLOSE_TIMEOUT_S = 1800.0, 900.0, 120.0
+_LOG_TAIL = 2000
+"""Characters of a dead worker's log that its reason keeps."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Measure item number `item`; a `warm_up` leaves no row. `started_s` counts from the comparison's start."""
+
+    item: int
+    launch: int
+    round: int
+    started_s: float
+    warm_up: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`ready`, `done`, `failed` (this block has a reason, the engine goes on) or `dead` (it does not)."""
+
+    kind: str
+    text: str = ""
+
+
+def main(link: Connection, config: Config, run_dir: Path) -> None:
+    """The process: start the engine, answer orders until None comes, write the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = os.open(run_dir / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    try:
+        from harness.runner import Session
+
+        session = Session(config, run_dir)
+        with session.started():
+            link.send(Answer("ready"))
+            while (order := link.recv()) is not None:
+                link.send(_obey(session, order))
+        link.send(Answer("done"))
+    except BaseException as error:
+        traceback.print_exc()
+        link.send(Answer("dead", f"{type(error).__name__}: {error}"))
+        raise SystemExit(1) from None
+
+
+def _obey(session: Session, order: Order) -> Answer:
+    from harness import rounds
+
+    item = rounds.items(session.work)[order.item]
+    place = (order.launch, order.round, order.started_s)
+    measured = session.measured
+    try:
+        samples = measured.blocks(session.work.requests).measure(item)
+        answer = Answer("done")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, UnexpectedStep) and not out_of_memory(error):
+            raise
+        answer = Answer("failed", str(error).splitlines()[0])
+    if not order.warm_up:
+        done = answer.kind == "done"
+        made = (
+            rounds.row(measured.engine, item, *place, samples)
+            if done
+            else rounds.failed_row(measured.engine, item, *place, answer.text)
+        )
+        measured.writer.add_rounds([made])
+        measured.writer.flush()  # a process may end any time, and nobody is timing now
+    return answer
+
+
+class Worker:
+    """The parent's end of a contestant's process. `reason` says why it is gone, "" while it works."""
+
+    def __init__(self, config: Config, run_dir: Path, label: str) -> None:
+        self.label = label
+        self.reason = ""
+        self._run_dir = run_dir
+        context = multiprocessing.get_context("spawn")
+        self._link, theirs = context.Pipe()
+        self._process = context.Process(target=main, args=(theirs, config, run_dir))
+        self._process.start()
+        theirs.close()
+
+    def wait_ready(self) -> bool:
+        """Whether the engine started and its output was verified."""
+        return self._receive(START_TIMEOUT_S).kind == "ready"
+
+    def measure(self, order: Order) -> Answer:
+        """Have one block measured; `dead` at once from a worker that is gone."""
+        if self.reason:
+            return Answer("dead", self.reason)
+        self._link.send(order)
+        return self._receive(BLOCK_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Let the worker write its run and end; safe to call twice."""
+        if not self.reason:
+            try:
+                self._link.send(None)
+                self._receive(CLOSE_TIMEOUT_S)
+            except OSError as error:
+                self.reason = str(error)
+        self._process.join(CLOSE_TIMEOUT_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _receive(self, timeout_s: float) -> Answer:
+        deadline = time.monotonic() + timeout_s
+        sources: Sequence[object] = (self._link, self._process.sentinel)
+        ready = wait(sources, timeout=max(0.0, deadline - time.monotonic()))  # type: ignore[arg-type]
+        if self._link in ready:
+            try:
+                answer = self._link.recv()
+            except EOFError:
+                answer = self._died()
+        elif ready:
+            answer = self._died()
+        else:
+            self._process.kill()
+            answer = Answer("dead", f"It gave no answer for {timeout_s:.0f} s and was ended.")
+        if answer.kind == "dead":
+            self.reason = answer.text
+        return answer
+
+    def _died(self) -> Answer:
+        self._process.join(CLOSE_TIMEOUT_S)
+        log = self._run_dir / LOG_FILE
+        tail = log.read_text(errors="replace")[-_LOG_TAIL:].strip() if log.exists() else ""
+        last = tail.splitlines()[-1] if tail else "it left no word"
+        return Answer("dead", f"Its process ended with exit code {self._process.exitcode}: {last}")

@@ -1,0 +1,207 @@
+"""Comparisons: paired statistics against closed forms, turns in ABBA order, and what happens when an engine dies."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from engines.base import InputError
+from harness.compare import comparison as comparison_module
+from harness.compare.__main__ import parse
+from harness.compare.comparison import Comparison, read
+from harness.compare.contestants import Contestant, contestants
+from harness.compare.ratios import paired_ratio
+from harness.compare.table import rows
+from harness.compare.worker import Answer
+from harness.progress import Reporter
+from harness.results import RunWriter, load
+from tests.harness.failing_engine import WORKS_FOR
+
+SMALL = [
+    "model=tiny", "workload=tpot", "device=cpu", "weights=random", "workload.cpu_prefill=[[2,8]]",
+    "workload.cpu_decode=[]", "workload.output_tokens=4",
+]  # fmt: skip
+
+
+# --- paired ratios ---
+
+
+def test_an_exact_ratio_has_a_point_for_an_interval() -> None:
+    found = paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert found.verdict(higher_is_better=False) == "slower"
+    assert found.verdict(higher_is_better=True) == "faster"
+
+
+def test_the_interval_is_that_of_the_paired_t_test_on_logarithms() -> None:
+    rng = np.random.default_rng(1)
+    ours, theirs = np.exp(rng.normal(0.1, 0.05, 9)), np.exp(rng.normal(0, 0.05, 9))
+    expected = stats.ttest_rel(np.log(ours), np.log(theirs)).confidence_interval(0.95)
+    found = paired_ratio(list(ours), list(theirs))
+    assert (math.log(found.low), math.log(found.high)) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says_although_both_engines_drift() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(2000):
+        drift = np.linspace(1, 1.05, 8)
+        ours, theirs = 1.02 * drift * np.exp(rng.normal(0, 0.01, 8)), drift * np.exp(rng.normal(0, 0.01, 8))
+        found = paired_ratio(list(ours), list(theirs))
+        covered += found.low <= 1.02 <= found.high
+    # Binomial(2000, 0.95) leaves 0.935 to 0.965 in one of 500 tries.
+    assert 0.935 <= covered / 2000 <= 0.965
+
+
+def test_one_pair_proves_nothing() -> None:
+    assert paired_ratio([2.0], [1.0]).verdict(higher_is_better=False) == "even"
+
+
+@pytest.mark.parametrize("pair", [([], []), ([1.0], [1.0, 2.0]), ([0.0, 1.0], [1.0, 1.0])])
+def test_what_is_no_pairs_is_refused(pair) -> None:
+    with pytest.raises(ValueError, match="pair"):
+        paired_ratio(*pair)
+
+
+# --- the command line ---
+
+
+def test_contestants_share_everything_but_their_own_options() -> None:
+    nano, eager = contestants(["nano", "nano:enforce_eager=true"], [*SMALL, "seed=5"])
+    assert (nano.config.engine.options, eager.config.engine.options) == ({}, {"enforce_eager": True})
+    assert nano.config.seed == eager.config.seed == 5
+    assert nano.config.limits.gpu_memory_utilization == pytest.approx(0.45)
+    assert nano.folder != eager.folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"), [([], "names no engine"), (["nano", "nano"], "twice"), (["nanno"], "nanno")]
+)
+def test_wrong_engines_are_a_sentence(labels, said) -> None:
+    with pytest.raises(Exception, match=said):
+        contestants(labels, SMALL)
+
+
+def test_own_settings_are_told_from_overrides() -> None:
+    settings, overrides = parse(["engines=[nano,vllm:serve_arm=default]", "rounds=3", "model=tiny"])
+    assert (settings.engines, settings.rounds, overrides) == (["nano", "vllm:serve_arm=default"], 3, ["model=tiny"])
+    with pytest.raises(InputError, match="rounds"):
+        parse(["engines=[nano]", "rounds=many"])
+
+
+# --- turns ---
+
+
+class Recorder:
+    """Stands for a contestant's process and writes down who was asked for what."""
+
+    log: list[tuple[str, int, bool]]
+
+    def __init__(self, config, run_dir, label) -> None:
+        self.label, self.reason = label, ""
+        RunWriter(run_dir, f"run of {label}").write_run({"engine": label, "status": "ok"})
+
+    def wait_ready(self) -> bool:
+        return True
+
+    def measure(self, order) -> Answer:
+        self.log.append((self.label, order.round, order.warm_up))
+        return Answer("done")
+
+    def close(self) -> None: ...
+
+
+def test_rounds_go_there_and_back_again(tmp_path, monkeypatch) -> None:
+    Recorder.log = []
+    monkeypatch.setattr(comparison_module, "Worker", Recorder)
+    three = [
+        replace(c, label=label) for c, label in zip(contestants(["nano", "fused", "hf"], SMALL), "ABC", strict=True)
+    ]
+    Comparison(three, "A", num_rounds=3, launches=1, folder=tmp_path / "c", reporter=Reporter()).run()
+    warm_ups = [label for label, _, warm_up in Recorder.log if warm_up]
+    turns = [(number, label) for label, number, warm_up in Recorder.log if not warm_up]
+    assert warm_ups == ["A", "B", "C"]
+    assert turns == [(0, "A"), (0, "B"), (0, "C"), (1, "C"), (1, "B"), (1, "A"), (2, "A"), (2, "B"), (2, "C")]
+
+
+# --- rows ---
+
+
+def _round(label: str, number: int, value: float | None, status: str = "ok") -> dict:
+    return {
+        "engine": label, "arm": "default", "metric": "tpot_ms", "phase": "decode", "batch_size": 8, "tokens": 128,
+        "output_len": 129, "launch": 0, "round": number, "started_s": float(number), "samples": 1, "value": value,
+        "status": status,
+    }  # fmt: skip
+
+
+def test_ratios_pair_rounds_of_the_same_number(tmp_path) -> None:
+    for label, values in (("A", {0: 1.0, 1: 10.0, 2: 100.0}), ("B", {1: 20.0, 2: 200.0, 3: 7.0})):
+        writer = RunWriter(tmp_path / label, label)
+        writer.add_rounds(_round(label, number, value) for number, value in values.items())
+        writer.flush()
+        writer.write_run({"engine": label})
+    (row,) = rows(load(tmp_path), ["A", "B"], "A")
+    assert row.cells["A"].ratio is None
+    assert row.cells["B"].ratio is not None
+    assert (row.cells["B"].ratio.value, row.cells["B"].ratio.pairs) == (pytest.approx(2.0), 2)
+    assert row.cells["B"].spread is not None
+    assert row.cells["B"].spread.median == 20.0
+
+
+def test_a_failed_block_leaves_its_reason(tmp_path) -> None:
+    writer = RunWriter(tmp_path / "A", "A")
+    writer.add_rounds([_round("A", 0, 1.0), {**_round("B", 0, None, "out of memory: 2 GiB"), "samples": 0}])
+    writer.flush()
+    writer.write_run({"engine": "A"})
+    (row,) = rows(load(tmp_path), ["A", "B"], "A", {"B": "its process ended"})
+    assert row.cells["B"].reason == "its process ended"  # the failed row is A's run
+    writer = RunWriter(tmp_path / "B", "B")
+    writer.add_rounds([{**_round("B", 0, None, "out of memory: 2 GiB"), "samples": 0}])
+    writer.flush()
+    writer.write_run({"engine": "B"})
+    (row,) = rows(load(tmp_path), ["A", "B"], "A", {})
+    assert row.cells["B"].reason == "out of memory: 2 GiB"
+
+
+# --- whole comparisons, in real processes ---
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    """A comparison in which the second engine's process ends in the middle."""
+    (nano,) = contestants(["nano"], SMALL)
+    target = "tests.harness.failing_engine.Dies"
+    dying = Contestant("dies", replace(nano.config, engine=replace(nano.config.engine, name="dies", target=target)))
+    folder = tmp_path_factory.mktemp("comparison") / "c"
+    comparison = Comparison([nano, dying], "nano", num_rounds=4, launches=1, folder=folder, reporter=Reporter())
+    return comparison, comparison.run(), folder
+
+
+def test_the_others_finish_when_one_dies(died) -> None:
+    comparison, (row,), _ = died
+    assert row.cells["nano"].spread.rounds == 4
+    assert row.cells["dies"].spread.rounds == WORKS_FOR - 1  # one was the warm-up
+    assert "exit code 3" in row.cells["dies"].reason
+    assert "exit code 3" in comparison.reasons["dies"]
+
+
+def test_a_second_start_measures_nothing_again(died, monkeypatch) -> None:
+    comparison, before, folder = died
+    monkeypatch.setattr(comparison_module, "Worker", None)
+    again = Comparison(comparison.contestants, "nano", num_rounds=4, launches=1, folder=folder, reporter=Reporter())
+    assert again.run() == before
+    assert json.loads((folder / "comparison.json").read_text())["status"] == "ok"
+    assert read(folder)[1][0].cells["nano"] == before[0].cells["nano"]
+
+
+def test_other_settings_do_not_mix_with_what_is_there(died) -> None:
+    comparison, _, folder = died
+    other = Comparison(comparison.contestants, "nano", num_rounds=5, launches=1, folder=folder, reporter=Reporter())
+    with pytest.raises(InputError, match="other settings"):
+        other.run()

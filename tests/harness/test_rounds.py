@@ -1,0 +1,85 @@
+"""Blocks, on an engine whose clock is ours: their values are known in closed form."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from engines.base import Request, RequestResult, SamplingParams
+from harness import rounds
+from harness.config import compose
+from harness.limits import Work
+from harness.rounds import Blocks, items
+from harness.workloads import Prompts
+
+
+class Clocked:
+    """Takes 7 ms for prompts and 2 ms for each further token of the longest request."""
+
+    PROMPT_S, TOKEN_S = 0.007, 0.002
+
+    def __init__(self, short_of: int = 0) -> None:
+        self.now_s = 100.0
+        self.prompts: list[tuple[int, ...]] = []
+        self.short_of = short_of
+
+    def serve(self, requests):
+        self.prompts += [r.prompt_token_ids for r in requests]
+        self.now_s += self.PROMPT_S + self.TOKEN_S * (max(r.sampling.max_tokens for r in requests) - 1)
+        return [
+            RequestResult(r.request_id, 1, (0,) * (r.sampling.max_tokens - self.short_of), 0.0, (), "length")
+            for r in requests
+        ]
+
+
+@pytest.fixture
+def clocked(monkeypatch) -> Clocked:
+    engine = Clocked()
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(perf_counter=lambda: engine.now_s))
+    return engine
+
+
+def _work(*overrides: str) -> Work:
+    return Work.of(compose(["engine=nano", "model=tiny", *overrides]), "cuda")
+
+
+def test_tpot_is_a_call_less_its_first_token(clocked) -> None:
+    prefill, *_, decode = items(_work("workload=tpot"))
+    blocks = Blocks(clocked, Prompts(100, 0), 0.6, [])
+    assert blocks.measure(prefill) == pytest.approx([7.0])
+    assert blocks.measure(decode) == pytest.approx([2.0])
+    assert (decode.work.batch_size, decode.work.prompt_len, decode.work.output_len) == (256, 128, 129)
+    assert decode.key == {
+        "metric": "tpot_ms", "phase": "decode", "batch_size": 256, "tokens": 128, "output_len": 129
+    }  # fmt: skip
+
+
+def test_throughput_counts_output_tokens_per_second(clocked) -> None:
+    requests = [
+        Request(f"{i}", (1,) * 5, SamplingParams(max_tokens=n, ignore_eos=True)) for i, n in enumerate((11, 40))
+    ]
+    (item,) = items(Work([], requests))
+    assert item.higher_is_better
+    assert Blocks(clocked, Prompts(100, 0), 0.6, requests).measure(item) == pytest.approx([51 / (0.007 + 39 * 0.002)])
+
+
+def test_no_prompt_comes_twice_and_every_engine_gets_the_same(clocked) -> None:
+    prefill, *_, decode = items(_work("workload=tpot"))
+    seen = []
+    for _ in range(2):
+        clocked.prompts = []
+        blocks = Blocks(clocked, Prompts(10_000, 3), 0.6, [])
+        for item in (prefill, decode, decode):
+            blocks.measure(item)
+        seen.append(clocked.prompts)
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == len(seen[0]) == 1 + 4 * 256
+
+
+def test_tokens_that_did_not_come_make_no_value(monkeypatch) -> None:
+    engine = Clocked(short_of=1)
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(perf_counter=lambda: engine.now_s))
+    *_, decode = items(_work("workload=tpot"))
+    with pytest.raises(RuntimeError, match="256 tokens too few"):
+        Blocks(engine, Prompts(100, 0), 0.6, []).measure(decode)
