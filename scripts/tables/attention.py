@@ -1,0 +1,68 @@
+"""Attention's own bytes and operations, which grow with the context."""
+
+from __future__ import annotations
+
+from scripts.tables.registry import markdown, table
+from scripts.tables.sources import ELEMENT_BYTES, MODELS, Model, floor_us, model
+
+CONTEXTS = (128, 1024, 4096)
+
+
+def decode_bytes(config: Model, context: int) -> int:
+    """One new token in one layer: its query and output, and every key and value of `context` tokens, read once."""
+    return 2 * config.num_heads * config.head_dim * ELEMENT_BYTES + context * config.layer_token_bytes
+
+
+def decode_flop(config: Model, context: int) -> int:
+    """One new token in one layer: scores and weighted sum, two operations per element each."""
+    return 4 * config.num_heads * config.head_dim * context
+
+
+def prefill_bytes(config: Model, tokens: int) -> int:
+    """A prompt in one layer: queries, outputs, keys and values once each."""
+    return tokens * (2 * config.num_heads * config.head_dim * ELEMENT_BYTES + config.layer_token_bytes)
+
+
+def prefill_flop(config: Model, tokens: int) -> int:
+    """A prompt in one layer: token i attends to i + 1 keys."""
+    return 4 * config.num_heads * config.head_dim * tokens * (tokens + 1) // 2
+
+
+@table("attention")
+def attention() -> str:
+    """Attention of all layers in one decode step of one sequence, and in a prefill, per model and context. Models whose
+    attention is equal share a row."""
+    head = [
+        "model", "heads : kv", "context", "decode MB", "MFLOP", "FLOP/B", "floor µs",
+        "prefill MB", "GFLOP", "FLOP/B", "floor µs",
+    ]  # fmt: skip
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name in MODELS:
+        alike.setdefault(_shape(model(name)), []).append(name)
+    rows = []
+    for names in alike.values():
+        config = model(names[0])
+        for context in CONTEXTS:
+            cells = [", ".join(names), f"{config.num_heads} : {config.num_kv_heads}", f"{context:,}"]
+            moved, flop = (config.num_layers * f(config, context) for f in (decode_bytes, decode_flop))
+            cells += [f"{moved / 1e6:.1f}", f"{flop / 1e6:.1f}", f"{flop / moved:.2f}", f"{floor_us(moved, flop):.1f}"]
+            moved, flop = (config.num_layers * f(config, context) for f in (prefill_bytes, prefill_flop))
+            cells += [f"{moved / 1e6:.1f}", f"{flop / 1e9:.1f}", f"{flop / moved:.0f}", f"{floor_us(moved, flop):.1f}"]
+            rows.append(cells)
+    return markdown(head, rows, left=2)
+
+
+def _shape(config: Model) -> tuple[int, ...]:
+    """All that attention's cost depends on."""
+    return config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim
+
+
+@table("break-even")
+def break_even() -> str:
+    """Per model: how many cached tokens weigh as much as the layers' matrices."""
+    rows = []
+    for name in MODELS:
+        config = model(name)
+        weights, token = (config.num_layers * n for n in (config.layer_weight_bytes, config.layer_token_bytes))
+        rows.append([name, f"{weights / 1e6:,.0f}", f"{token:,}", f"{weights // token:,}"])
+    return markdown(["model", "layer weights MB", "cache bytes per token", "tokens of cache that weigh as much"], rows)

@@ -1,0 +1,59 @@
+"""The engines beside each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.tables.registry import markdown, table
+from scripts.tables.sources import REFERENCE, runs
+
+ENGINES = ("vllm", "nano", "fused")
+
+
+@table("engines")
+def engines(folder: str = REFERENCE) -> str:
+    """Step times and throughput of each engine, from the medians that each run's `run.json` holds of all its samples,
+    and the sentence that says where they come from."""
+    found = runs(folder).runs
+    latency = [r for r in found if r["workload"] == "latency"]
+    throughput = [r for r in found if r["workload"] == "throughput"]
+    first = latency[0]
+    rows = step_rows(latency) + ([throughput_row(throughput)] if throughput else [])
+    versions = first["provenance"]["versions"]
+    vllm = next((r["notes"]["version"] for r in latency if r["engine"] == "vllm"), "none")
+    source = (
+        f"One {first['provenance']['gpu']['name']}, {first['weights']['source']} weights, torch {versions['torch']}, "
+        f"Triton {versions['triton']}, vLLM {vllm}. Steps: median wall time of one engine step with its 95 % interval; "
+        "vLLM's run in process, one scheduler step at a time, so that its host work is not hidden behind the GPU; its "
+        "requests run in its own default way. Each engine was measured in a run of its own, not interleaved. "
+        f"Runs: `{folder}`; table: `python scripts/doc_tables.py --write`."
+    )
+    return markdown([f"{first['model']}, {first['dtype']}", *ENGINES], rows) + "\n\n" + source
+
+
+def step_rows(latency: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per shape of the latency runs: milliseconds per step of each engine."""
+    times: dict[tuple[str, int, int], dict[str, str]] = {}
+    for run in latency:
+        for shape in run["shapes"]:
+            key = (shape["phase"], shape["batch_size"], shape["tokens"])
+            timed = shape.get("timed", {"status": "not reached"})
+            if timed["status"] == "ok":
+                low, high = timed["wall_us_low"] / 1e3, timed["wall_us_high"] / 1e3
+                cell = f"{timed['wall_us'] / 1e3:.2f} ({low:.2f} to {high:.2f})"
+            else:
+                cell = timed["status"]
+            times.setdefault(key, {})[run["engine"]] = cell
+    rows = []
+    for (phase, batch, tokens), cells in times.items():
+        size = f"{batch} × {tokens} tokens" if phase == "prefill" else f"batch {batch}, context {tokens}"
+        rows.append([f"{phase}, {size}, ms", *(cells.get(engine, "") for engine in ENGINES)])
+    return rows
+
+
+def throughput_row(throughput: list[dict[str, Any]]) -> list[str]:
+    """Output tokens per second of the throughput runs."""
+    cells = {run["engine"]: f"{run['throughput']['output_tok_s']:,.0f}" for run in throughput}
+    served = throughput[0]["throughput"]
+    what = f"{served['requests']} requests, {served['output_tokens']:,} output tokens, tok/s"
+    return [what, *(cells.get(engine, "") for engine in ENGINES)]
