@@ -125,8 +125,9 @@ class WorkloadConf:
 
     `steps`: single steps over grids; `prefill` holds [sequences, prompt tokens], `decode` [sequences, tokens in the
     cache]; the `cpu_` grids are used without a GPU. `generate`: whole calls over the same grids, where `decode` holds
-    [sequences, prompt tokens] and each makes `output_tokens`. `throughput`: `num_requests` requests (`cpu_num_requests`
-    without a GPU) that all arrive at once, lengths drawn from the ranges `prompt_len` and `output_len`, ends included.
+    [sequences, prompt tokens] and each makes `output_tokens`; with `num_requests`, a throughput workload after them.
+    `throughput`: `num_requests` requests (`cpu_num_requests` without a GPU) that all arrive at once, lengths drawn from
+    the ranges `prompt_len` and `output_len`, ends included.
     """
 
     name: str = MISSING
@@ -158,7 +159,7 @@ class WorkloadConf:
                 shapes = getattr(self, f"{prefix}prefill") + getattr(self, f"{prefix}decode")
                 names = f"workload.{prefix}prefill and workload.{prefix}decode"
                 _require(bool(shapes), names, "filled, at least one of them", [])
-        else:
+        if self.kind == "throughput" or self.num_requests:
             _at_least(1, "workload.", self, "num_requests", "cpu_num_requests")
             for name in ("prompt_len", "output_len"):
                 bounds = getattr(self, name)

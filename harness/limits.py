@@ -30,7 +30,8 @@ class Work:
         if config.workload.kind == "steps":
             return Work(workloads.shapes(config.workload, device))
         if config.workload.kind == "generate":
-            return Work([], calls=workloads.calls(config.workload, device))
+            served = workloads.requests(config.workload, device, config.model.vocab_size, config.seed)
+            return Work([], served, workloads.calls(config.workload, device))
         typical = workloads.trace_shapes(config.workload, device, config.limits.max_num_batched_tokens)
         return Work(typical, workloads.requests(config.workload, device, config.model.vocab_size, config.seed))
 

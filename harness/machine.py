@@ -60,6 +60,21 @@ def gpu_state() -> dict[str, Any] | None:
     return {**state, "throttle_reasons": reasons, "throttled": throttled, "other_processes": others}
 
 
+def torch_memory() -> dict[str, int]:
+    """Bytes of the GPU: what torch holds in this process now and held at most since the last reset of its statistics,
+    and what is taken of the whole GPU, by whomever."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+        "device_used_bytes": total - free,
+        "device_total_bytes": total,
+    }
+
+
 def machine_slug() -> str:
     """The GPU's model as a folder name, like "h200" or "rtx-4070-laptop"; "cpu" without a GPU."""
     reading = _read_gpu()

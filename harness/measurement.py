@@ -77,7 +77,7 @@ class Measurement:
         records = []
         with self.reporter.bar("timing", len(timed)) as done:
             for item in timed:
-                blocks.measure(item)  # warm-up
+                blocks.warm_up(item)
                 rule = StoppingRule(conf.precision, MIN_BLOCKS, conf.max_iterations, conf.max_seconds_per_shape)
                 while rule.done is None:
                     started_s = time.perf_counter() - begun_s
@@ -135,6 +135,8 @@ class Measurement:
         samples: list[Sample] = []
         stop: str = "interrupted"
         try:
+            if self.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
             with self._failing(shape, TIMED), undisturbed():
                 for _ in range(PREFILL_WARMUP if shape.phase == "prefill" else 0):
                     next(source)
@@ -154,6 +156,7 @@ class Measurement:
                 record = tables.pass_record(self.engine, shape, samples, mode) | {"stop": stop, "warmup_left_out": cut}
                 if self.device != "cpu":
                     record["gpu"] = machine.gpu_state()
+                    record["memory"] = machine.torch_memory()
                 self.passes[shape][TIMED] = record
 
     def trace_kernels(self) -> None:

@@ -16,6 +16,7 @@ from harness.workloads import Call, Prompts, Shape
 
 PREFILL_STEPS = 5
 """Prefill steps in a block; a decode block takes what one batch of prompts gives (`Shape.width`)."""
+WARM_UP_REQUESTS, WARM_UP_TOKENS = 4, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,9 @@ class Item:
 
 def items(work: Work) -> list[Item]:
     """Everything that a workload measures, in its order."""
-    if work.requests:
-        return [Item("output_tok_s", None, len(work.requests))]
     timed = [Item("generate_ms" if c.phase == "prefill" else "tpot_ms", c, c.batch_size) for c in work.calls]
+    if work.requests:  # whose shapes are only examples
+        return [*timed, Item("output_tok_s", None, len(work.requests))]
     return timed + [Item("step_ms", shape, shape.batch_size) for shape in work.shapes]
 
 
@@ -73,6 +74,16 @@ class Blocks:
                 return [self._tpot_ms(item.work) if item.metric == "tpot_ms" else self._call_ms(item.work)]
             case None:
                 return [self._output_tok_s()]
+
+    def warm_up(self, item: Item) -> None:
+        """A short form of a block, for whatever happens only once: compilation, first touches, another arm's start."""
+        match item.work:
+            case Call(output_len=output):
+                self._call_ms(replace(item.work, output_len=min(output, WARM_UP_TOKENS)))
+            case None:
+                self._call_ms(Call(min(item.batch_size, WARM_UP_REQUESTS), WARM_UP_TOKENS, WARM_UP_TOKENS))
+            case Shape():
+                self.measure(item)
 
     def _steps(self, shape: Shape) -> list[float]:
         source = ShapeSteps(self._engine, self._prompts, self._temperature).samples(shape)

@@ -94,6 +94,7 @@ class Session:
             engine = start_engine(self.config.engine.target, replace(checked, checkpoint=weights.path))
         try:
             self.record |= {"arm": engine.arm, "mode": engine.mode}  # of its steps; other passes may run other arms
+            self.record["memory"] = None if self.device == "cpu" else machine.torch_memory()
             shapes = self._fitting(engine)
             writer = RunWriter(self.run_dir, self.run_id)
             self.measured = Measurement(self.config, engine, self.device, shapes, writer, self.ranges, self.reporter)

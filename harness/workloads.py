@@ -99,11 +99,13 @@ def shapes(conf: WorkloadConf, device: str) -> list[Shape]:
 
 
 def requests(conf: WorkloadConf, device: str, vocab_size: int, seed: int = 0) -> list[Request]:
-    """The requests of a `throughput` workload, drawn in the order in which nano-vLLM's benchmark draws them.
+    """The requests of a workload that serves some, drawn in the order in which nano-vLLM's benchmark draws them.
 
     So with 256 requests, both ranges [100, 1024] and seed 0 they ask for 133,966 tokens, as there.
     """
     count = conf.num_requests if device != "cpu" else conf.cpu_num_requests
+    if not count:
+        return []
     rng = random.Random(seed)
     prompts = []
     for _ in range(count):

@@ -4,7 +4,7 @@ An engine may have options of its own, as in `vllm:serve_arm=inproc_async`. Besi
 
     engines=[A,B,...]   who takes part, in this order
     baseline=A          whom ratios refer to (default: the first)
-    rounds=8            blocks of each engine and item in a launch
+    rounds=8            blocks of each engine and item in a launch (half as many of a whole served workload)
     launches=2          how often all engines are started anew
     into=FOLDER         where it goes (default: a folder of results/compare named after the settings); what is finished
                         there is not measured again

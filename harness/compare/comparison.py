@@ -28,7 +28,10 @@ CONDITIONS = ("model", "workload", "limits", "weights", "dtype", "device", "seed
 
 @dataclass
 class Comparison:
-    """A comparison in `folder`, of `launches` times `num_rounds` rounds. Finished launches in it are not run again."""
+    """A comparison in `folder`, of `launches` times `num_rounds` rounds, half as many of a served workload.
+
+    Finished launches in the folder are not run again.
+    """
 
     contestants: list[Contestant]
     baseline: str
@@ -94,7 +97,8 @@ class Comparison:
     def _turns(self, workers: Sequence[Worker], launch: int, index: int) -> None:
         """A warm-up each, then rounds: A B C, C B A, A B C, ... so that a drift weighs on all alike."""
         fit = [w for w in workers if w.measure(self._order(index, launch, 0, warm_up=True)).kind == "done"]
-        for number in range(self.num_rounds):
+        # A served workload takes seconds, and hundreds of requests in one block.
+        for number in range(self.num_rounds if self.items[index].work else -(-self.num_rounds // 2)):
             for worker in fit if number % 2 == 0 else reversed(fit):
                 worker.measure(self._order(index, launch, number))
         for worker in workers:

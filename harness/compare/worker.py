@@ -76,8 +76,12 @@ def _obey(session: Session, order: Order) -> Answer:
     item = rounds.items(session.work)[order.item]
     place = (order.launch, order.round, order.started_s)
     measured = session.measured
+    blocks = measured.blocks(session.work.requests)
     try:
-        samples = measured.blocks(session.work.requests).measure(item)
+        if order.warm_up:
+            blocks.warm_up(item)
+            return Answer("done")
+        samples = blocks.measure(item)
         answer = Answer("done")
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, UnexpectedStep) and not out_of_memory(error):
