@@ -116,9 +116,8 @@ def _cache_args(config: EngineConfig) -> dict[str, Any]:
     block = CPU_SMALL_BLOCK if on_cpu else CUDA_BLOCK
     blocks = -(-config.kv_cache_tokens // block) + 1
     arguments: dict[str, Any] = {"block_size": block, "num_gpu_blocks_override": blocks}
-    if on_cpu:
-        # Otherwise it asks for gpu_memory_utilization of the machine's memory first.
-        arguments["kv_cache_memory_bytes"] = blocks * block * cache_token_bytes(config)
+    # Otherwise it asks for gpu_memory_utilization first, and on CUDA wants nobody else's memory to change meanwhile.
+    arguments["kv_cache_memory_bytes"] = blocks * block * cache_token_bytes(config)
     return arguments
 
 

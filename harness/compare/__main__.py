@@ -1,6 +1,8 @@
 """`python -m harness.compare engines=[vllm,nano,fused] workload=tpot`: engines side by side on one GPU.
 
-An engine may have options of its own, as in `vllm:serve_arm=inproc_async`. Beside what `python -m harness` takes:
+An engine may have options and limits of its own, as in `vllm:serve_arm=inproc_async:limits.kv_cache_tokens=200000`.
+Engines with a given cache size start together; the others, which look at what is free, one by one. Beside what
+`python -m harness` takes:
 
     engines=[A,B,...]   who takes part, in this order
     baseline=A          whom ratios refer to (default: the first)

@@ -76,12 +76,15 @@ class Comparison:
     def _launch(self, launch: int, folder: Path) -> None:
         workers: list[Worker] = []
         try:
-            for contestant in self.contestants:  # one after another: some watch the GPU's free memory while they start
+            for contestant in self.contestants:
                 self.reporter.say(f"Launch {launch}: starting {contestant.label}")
                 worker = Worker(contestant.config, folder / contestant.folder, contestant.label)
                 workers.append(worker)
+                if contestant.waits:
+                    worker.wait_ready()
+            for worker in workers:
                 if not worker.wait_ready():
-                    self.reporter.say(f"{contestant.label} is out: {worker.reason}")
+                    self.reporter.say(f"{worker.label} is out: {worker.reason}")
             if all(worker.reason for worker in workers):
                 raise InputError(f"No engine could be started; the first reason: {workers[0].reason}")
             with self.reporter.bar(f"launch {launch}", len(self.items)) as done:

@@ -11,7 +11,8 @@ from harness.config import Config, compose
 
 GPU_SHARE = 0.9
 """Of the GPU's memory, for all contestants together, unless limits.gpu_memory_utilization says what each may take."""
-_SHARE_KEY = "limits.gpu_memory_utilization"
+_LIMITS = "limits."
+_SHARE_KEY = f"{_LIMITS}gpu_memory_utilization"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Contestant:
 
     label: str
     config: Config
+
+    @property
+    def waits(self) -> bool:
+        """Whether it sizes its cache by what is free, so that nobody else may start meanwhile."""
+        return self.config.limits.kv_cache_tokens is None
 
     @property
     def folder(self) -> str:
@@ -32,7 +38,7 @@ def folder_name(label: str) -> str:
 
 
 def contestants(labels: Sequence[str], overrides: Sequence[str]) -> list[Contestant]:
-    """The contestants of `labels` ("ENGINE" or "ENGINE:option=value:..."), all with the overrides of the command line.
+    """The contestants of `labels` ("ENGINE" or "ENGINE:option=value:limits.name=value..."), all with `overrides`.
 
     InputError: none, the same one twice, or what Hydra does not take.
     """
@@ -46,6 +52,6 @@ def contestants(labels: Sequence[str], overrides: Sequence[str]) -> list[Contest
     found = []
     for label in labels:
         engine, *options = label.split(":")
-        own = [f"++engine.options.{option}" for option in options]
+        own = [o if o.startswith(_LIMITS) else f"++engine.options.{o}" for o in options]
         found.append(Contestant(label, compose([f"engine={engine}", *common, *own])))
     return found

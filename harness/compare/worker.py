@@ -60,6 +60,7 @@ def main(link: Connection, config: Config, run_dir: Path) -> None:
 
         session = Session(config, run_dir)
         with session.started():
+            _obey(session, Order(0, 0, 0, 0.0, warm_up=True))  # whatever else has to start, starts now
             link.send(Answer("ready"))
             while (order := link.recv()) is not None:
                 link.send(_obey(session, order))
@@ -105,6 +106,7 @@ class Worker:
     def __init__(self, config: Config, run_dir: Path, label: str) -> None:
         self.label = label
         self.reason = ""
+        self._ready = False
         self._run_dir = run_dir
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
@@ -114,7 +116,9 @@ class Worker:
 
     def wait_ready(self) -> bool:
         """Whether the engine started and its output was verified."""
-        return self._receive(START_TIMEOUT_S).kind == "ready"
+        if not (self.reason or self._ready):
+            self._ready = self._receive(START_TIMEOUT_S).kind == "ready"
+        return self._ready
 
     def measure(self, order: Order) -> Answer:
         """Have one block measured; `dead` at once from a worker that is gone."""

@@ -1,8 +1,8 @@
-"""Upstream nano-vLLM behind the common protocol, unchanged, so that nano can be measured beside what it comes from.
+"""`NanoVLLM`: upstream nano-vLLM as an engine, so that nano can be measured beside what it comes from.
 
 Its own `step` runs every step. Around it: token ids go in (a tokenizer is not needed), and what its scheduler decided
 is read from the sequences. It has no greedy sampling; `score` divides by a temperature so small that the largest logit
-always wins. https://github.com/GeeeekExplorer/nano-vllm
+always wins.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ from engines.base import (
     TraceMode,
     TraceUnsupported,
 )
+from engines.nano_vllm import flash_attention
 
 NEARLY_ZERO = 1e-6
 """Temperature for greedy tokens: logits a bfloat16 step apart differ by thousands after the division."""
-OPTIONS = ("enforce_eager", "kvcache_block_size")
+OPTIONS = ("attention", "enforce_eager", "kvcache_block_size")
 
 
 class NanoVLLM:
-    """nano-vLLM's `LLM` as an engine of this project. Options: `enforce_eager`, `kvcache_block_size`."""
+    """nano-vLLM's `LLM` as an engine of this project.
+
+    Options: `attention` (auto, flash_attn or flash_attn_3), `enforce_eager`, `kvcache_block_size`.
+    """
 
     name = "nano_vllm"
     arm = "default"
@@ -60,7 +64,8 @@ class NanoVLLM:
             raise InputError(f"nano-vLLM runs a checkpoint in its own dtype, {stored}, not in {config.dtype}.")
         self._vocab_size = int(shape["vocab_size"])
         self.mode: Literal["eager", "graph", "compiled"] = "eager" if config.options.get("enforce_eager") else "graph"
-        self._engine = _start(config, int(shape.get("eos_token_id") or -1))
+        attention = flash_attention.choose(config.options.get("attention", "auto"))
+        self._engine = _start(config, int(shape.get("eos_token_id") or -1), attention)
         scheduler = self._engine.scheduler
         self._scheduled: list[Any] = []
         self._sizes: list[tuple[int, int, int]] = []
@@ -73,7 +78,11 @@ class NanoVLLM:
             ours.max_model_len, ours.max_num_seqs, ours.max_num_batched_tokens,
             ours.num_kvcache_blocks * ours.kvcache_block_size,
         )  # fmt: skip
-        self.notes: dict[str, Any] = {"block_size": ours.kvcache_block_size, "prefix_caching": True}
+        self.notes: dict[str, Any] = {
+            "attention_backend": attention,
+            "block_size": ours.kvcache_block_size,
+            "prefix_caching": True,
+        }
 
     def add(self, request: Request) -> None:
         prompt, settings = request.prompt_token_ids, request.sampling
@@ -227,9 +236,10 @@ class NanoVLLM:
         del self._names[self._sequences.pop(name).seq_id]
 
 
-def _start(config: EngineConfig, eos_token_id: int) -> Any:
+def _start(config: EngineConfig, eos_token_id: int, attention: str) -> Any:
     """nano-vLLM's engine, with the one thing of a tokenizer that it needs when token ids go in."""
-    from nanovllm.engine import llm_engine
+    with flash_attention.provided(attention):
+        from nanovllm.engine import llm_engine
 
     loader = llm_engine.AutoTokenizer
     tokenizer = SimpleNamespace(eos_token_id=eos_token_id)
@@ -244,7 +254,7 @@ def _start(config: EngineConfig, eos_token_id: int) -> Any:
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             gpu_memory_utilization=share,
-            **config.options,
+            **{name: value for name, value in config.options.items() if name != "attention"},
         )
     finally:
         llm_engine.AutoTokenizer = loader
