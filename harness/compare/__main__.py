@@ -11,12 +11,14 @@ Engines with a given cache size start together; the others, which look at what i
     into=FOLDER         where it goes (default: a folder of results/compare named after the settings); what is finished
                         there is not measured again
 
-Exit codes: 0 done, 1 an engine failed (the others' rows are there), 2 what was asked for cannot be done.
+Exit codes: 0 done, 1 an engine failed (the others' rows are there), 2 what was asked for cannot be done, 130 and 143
+stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +32,7 @@ from harness.compare.comparison import Comparison
 from harness.compare.contestants import contestants
 from harness.compare.table import print_table
 
-OK, FAILED, BAD_INPUT = 0, 1, 2
+OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _PLAIN_WIDTH = 200
 
 
@@ -86,11 +88,15 @@ def main() -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return OK if arguments else BAD_INPUT
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that the engines' processes end, too
     try:
         return run(arguments)
     except InputError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("Stopped. A second start with the same settings goes on with the launches that are not finished.")
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -91,9 +91,12 @@ class Comparison:
                 for index, item in enumerate(self.items):
                     self._turns(workers, launch, index)
                     done(str(item))
-        finally:
+        except BaseException:
             for worker in workers:
-                worker.close()
+                worker.end()
+            raise
+        for worker in workers:
+            worker.close()
         self.reasons |= {worker.label: worker.reason for worker in workers if worker.reason}
         write_json(folder / COMPARISON_FILE, {"launch": launch, "reasons": self.reasons})
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -49,7 +51,11 @@ class Answer:
 
 
 def main(link: Connection, config: Config, run_dir: Path) -> None:
-    """The process: start the engine, answer orders until None comes, write the run."""
+    """The process: start the engine, answer orders until None comes, write the run.
+
+    It leads a process group of its own, in which everything that the engine starts can be ended with it.
+    """
+    os.setsid()
     run_dir.mkdir(parents=True, exist_ok=True)
     log = os.open(run_dir / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
@@ -136,9 +142,14 @@ class Worker:
             except OSError as error:
                 self.reason = str(error)
         self._process.join(CLOSE_TIMEOUT_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self.end()
+
+    def end(self) -> None:
+        """End whatever is left of the process and of those it started; vLLM's own may outlive it and keep the GPU."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # it may not lead its group yet
+        self._process.join()
 
     def _receive(self, timeout_s: float) -> Answer:
         deadline = time.monotonic() + timeout_s
@@ -152,7 +163,7 @@ class Worker:
         elif ready:
             answer = self._died()
         else:
-            self._process.kill()
+            self.end()
             answer = Answer("dead", f"It gave no answer for {timeout_s:.0f} s and was ended.")
         if answer.kind == "dead":
             self.reason = answer.text

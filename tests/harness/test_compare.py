@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +120,8 @@ class Recorder:
 
     def close(self) -> None: ...
 
+    def end(self) -> None: ...
+
 
 def test_rounds_go_there_and_back_again(tmp_path, monkeypatch) -> None:
     Recorder.log = []
@@ -205,3 +212,35 @@ def test_other_settings_do_not_mix_with_what_is_there(died) -> None:
     other = Comparison(comparison.contestants, "nano", num_rounds=5, launches=1, folder=folder, reporter=Reporter())
     with pytest.raises(InputError, match="other settings"):
         other.run()
+
+
+def test_no_process_outlives_a_comparison_that_is_ended(tmp_path) -> None:
+    told = tmp_path / "pids"
+    command = [sys.executable, "-m", "harness.compare", "engines=[nano]", f"into={tmp_path / 'c'}", *SMALL,
+               "engine.target=tests.harness.failing_engine.Hangs"]  # fmt: skip
+    parent = subprocess.Popen(command, env={**os.environ, "HANGS": str(told)}, cwd=Path(__file__).parents[2])
+    try:
+        assert _within_s(90, lambda: told.exists() and told.read_text().endswith("\n"))
+        pids = [int(pid) for pid in told.read_text().split()]
+        assert all(map(_runs, pids))
+        parent.terminate()
+        assert parent.wait(30) == 143
+        assert _within_s(10, lambda: not any(map(_runs, pids)))
+    finally:
+        parent.kill()
+
+
+def _within_s(seconds: float, happened) -> bool:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
