@@ -142,7 +142,10 @@ def step_kind(scheduled: Iterable[Scheduled], computes_prompt: Callable[[str], b
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """A finished request. Times are `time.perf_counter()` seconds; `token_times_s` has one entry per output token."""
+    """A finished request. Times are `time.perf_counter()` seconds; `token_times_s` has one entry per output token.
+
+    `arrival_s` is when the request was due, also where the engine came to it later: waiting counts.
+    """
 
     request_id: str
     prompt_tokens: int
@@ -269,9 +272,16 @@ class Engine(Protocol):
         ...
 
     def serve(
-        self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
+        self,
+        requests: Iterable[Request],
+        on_finish: Callable[[RequestResult], None] | None = None,
+        arrivals_s: Sequence[float] | None = None,
     ) -> list[RequestResult]:
-        """Run all requests at the engine's full speed, all arriving now; results in the order of `requests`."""
+        """Run all requests at the engine's full speed; results in the order of `requests`.
+
+        `arrivals_s` says for each how many seconds after this call it arrives (None: all now). The engine must not
+        know of a request before that; see `engines.arrivals.Arrivals`. InputError: times that cannot be.
+        """
         ...
 
     def score(self, requests: Iterable[Request]) -> list[Scored]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from engines.arrivals import Arrivals
 from engines.base import (
     NO_LAYER,
     WHOLE_LAYER,
@@ -129,7 +130,6 @@ def _release(device: str) -> None:
 @dataclass(slots=True)
 class _Sequence:
     request: Request
-    arrival_s: float
     generator: torch.Generator | None
     cache: DynamicCache = field(default_factory=DynamicCache)
     cached: int = 0
@@ -207,7 +207,7 @@ class HF:
             request = replace(request, sampling=replace(request.sampling, max_tokens=room))
         seed = request.sampling.seed
         generator = None if seed is None else torch.Generator(self.config.device).manual_seed(seed)
-        self._waiting.append(_Sequence(request, time.perf_counter(), generator))
+        self._waiting.append(_Sequence(request, generator))
 
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
@@ -281,15 +281,19 @@ class HF:
         self._running = [s for s in self._running if s.request.request_id not in dropped]
 
     def serve(
-        self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
+        self,
+        requests: Iterable[Request],
+        on_finish: Callable[[RequestResult], None] | None = None,
+        arrivals_s: Sequence[float] | None = None,
     ) -> list[RequestResult]:
         requests = list(requests)
         results: dict[str, RequestResult] = {}
-        for sequence, reason in self._run(requests):
+        arrivals = Arrivals(requests, arrivals_s)
+        for sequence, reason in self._run(arrivals):
             request = sequence.request
             result = RequestResult(
-                request.request_id, len(request.prompt_token_ids), tuple(sequence.tokens), sequence.arrival_s,
-                tuple(sequence.times_s), reason,
+                request.request_id, len(request.prompt_token_ids), tuple(sequence.tokens),
+                arrivals.due_s(request.request_id), tuple(sequence.times_s), reason,
             )  # fmt: skip
             results[request.request_id] = result
             if on_finish:
@@ -300,18 +304,21 @@ class HF:
         requests = [replace(r, sampling=replace(r.sampling, temperature=0.0)) for r in requests]
         self._keep_logits = True
         try:
-            done = {sequence.request.request_id: sequence for sequence, _ in self._run(requests)}
+            done = {sequence.request.request_id: sequence for sequence, _ in self._run(Arrivals(requests))}
         finally:
             self._keep_logits = False
         ordered = [done[r.request_id] for r in requests]
         return [Scored(s.request.prompt_token_ids, tuple(s.tokens), torch.stack(s.logits)) for s in ordered]
 
-    def _run(self, requests: Sequence[Request]) -> Iterable[tuple[_Sequence, str]]:
-        """Add requests and step to the end, yielding sequences as they finish."""
-        for request in requests:
-            self.add(request)
-        while self.has_unfinished():
-            yield from self._advance()
+    def _run(self, arrivals: Arrivals) -> Iterable[tuple[_Sequence, str]]:
+        """Add requests as they arrive and step to the end, yielding sequences as they finish."""
+        while True:
+            for request in arrivals.take():
+                self.add(request)
+            if self.has_unfinished():
+                yield from self._advance()
+            elif not arrivals.wait():
+                return
 
     def host_phases(self) -> HostPhases:
         return {}

@@ -53,6 +53,8 @@ def attribute(names: Sequence[str], num_layers: int, qk_norm: bool) -> list[Site
     0's first norm counts as embedding, a delay (`torch.cuda._sleep`) as part of what follows it. NotDivisible: the
     sequence is not that of `num_layers` layers and a head.
     """
+    if any("nccl" in name.lower() for name in names):
+        raise NotDivisible("Kernels of several GPUs that wait for each other have no place of their own yet.")
     work = [i for i, name in enumerate(names) if _DELAY not in name]
     if len(work) < len(names):
         placed = dict(zip(work, attribute([names[i] for i in work], num_layers, qk_norm), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from engines.base import InputError
+from harness.gpus import gpu_count
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 """The config groups; a top-level folder both in a checkout and in an installed wheel."""
@@ -28,7 +30,9 @@ CONFIG_NAME = "config"
 GROUPS = ("engine", "model", "workload", "instrument")
 
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
-WORKLOAD_KINDS = ("steps", "generate", "throughput")
+WORKLOAD_KINDS = ("steps", "generate", "throughput", "serving")
+ARRIVALS = ("poisson", "burst", "all", "trace")
+LENGTHS = ("uniform", "lognormal")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICES = ("auto", "cuda", "cpu")
 LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -120,6 +124,19 @@ def _check_rope_scaling(scaling: dict[str, Any]) -> None:
 
 
 @dataclass
+class SloConf:
+    """What a served request must keep to count as goodput; None: no bound."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_ms", "tpot_ms"):
+            bound = getattr(self, name)
+            _require(bound is None or bound > 0, f"workload.slo.{name}", "above 0, or null for no bound", bound)
+
+
+@dataclass
 class WorkloadConf:
     """What is run.
 
@@ -127,7 +144,9 @@ class WorkloadConf:
     cache]; the `cpu_` grids are used without a GPU. `generate`: whole calls over the same grids, where `decode` holds
     [sequences, prompt tokens] and each makes `output_tokens`; with `num_requests`, a throughput workload after them.
     `throughput`: `num_requests` requests (`cpu_num_requests` without a GPU) that all arrive at once, lengths drawn from
-    the ranges `prompt_len` and `output_len`, ends included.
+    the ranges `prompt_len` and `output_len`, ends included. `serving`: requests that arrive over time, once for each of
+    `rates` (`cpu_rates`), with lengths from a distribution over those ranges or from a file `trace`; of a trace as many
+    lines as there are requests, 0 for all.
     """
 
     name: str = MISSING
@@ -141,6 +160,13 @@ class WorkloadConf:
     cpu_num_requests: int = 0
     prompt_len: list[int] = field(default_factory=list)
     output_len: list[int] = field(default_factory=list)
+    arrivals: str = "all"
+    rates: list[float] = field(default_factory=list)
+    cpu_rates: list[float] = field(default_factory=list)
+    burst_size: int = 8
+    lengths: str = "uniform"
+    trace: str = ""
+    slo: SloConf = field(default_factory=SloConf)
     temperature: float = 0.6
 
     def __post_init__(self) -> None:
@@ -159,12 +185,24 @@ class WorkloadConf:
                 shapes = getattr(self, f"{prefix}prefill") + getattr(self, f"{prefix}decode")
                 names = f"workload.{prefix}prefill and workload.{prefix}decode"
                 _require(bool(shapes), names, "filled, at least one of them", [])
-        if self.kind == "throughput" or self.num_requests:
+        if self.kind == "serving":
+            self._check_serving()
+        if self.kind == "throughput" or (self.num_requests and not self.trace):
             _at_least(1, "workload.", self, "num_requests", "cpu_num_requests")
             for name in ("prompt_len", "output_len"):
                 bounds = getattr(self, name)
                 ok = len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]
                 _require(ok, f"workload.{name}", "a range [low, high] with 1 <= low <= high", bounds)
+
+    def _check_serving(self) -> None:
+        _one_of(ARRIVALS, "workload.arrivals", self.arrivals)
+        _one_of(LENGTHS, "workload.lengths", self.lengths)
+        _at_least(1, "workload.", self, "burst_size")
+        _at_least(0 if self.trace else 1, "workload.", self, "num_requests", "cpu_num_requests")
+        for name in () if self.arrivals == "all" else ("rates", "cpu_rates"):
+            rates = getattr(self, name)
+            _require(bool(rates) and min(rates) > 0, f"workload.{name}", "a list of requests per second above 0", rates)
+        _require(bool(self.trace) or self.arrivals != "trace", "workload.trace", "a file, for arrivals=trace", "")
 
 
 @dataclass
@@ -252,6 +290,9 @@ def register() -> None:
     """Make the schema and the resolvers of `conf/` known to Hydra. Safe to call twice."""
     ConfigStore.instance().store(name="base_config", node=Config)
     OmegaConf.register_new_resolver("folder_suffix", folder_suffix, replace=True)
+    OmegaConf.register_new_resolver("gpu_count", gpu_count, replace=True)
+    # Our launchers have the names of the plugins' own, so that nobody starts one without its GPU rule by mistake.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def to_config(node: DictConfig) -> Config:

@@ -8,27 +8,38 @@ from pathlib import Path
 import torch
 
 from engines.base import Capacity, EngineConfig, InputError, Request
-from harness import workloads
+from harness import serving, workloads
 from harness.config import Config
+from harness.serving import Load
 from harness.workloads import Call, Shape
 
 _SPARE_LEN = 256
 """Room for the prompts of the verification, where the workload alone would ask for less."""
+_SERVED_AT_ONCE = 256
+"""Sequences at once for requests that arrive over time, unless the config says otherwise; the rest waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All that a run will do: shapes to time and to trace, requests to serve, generate calls to time."""
+    """All that a run will do: shapes to time and to trace, requests to serve, generate calls to time, loads."""
 
     shapes: list[Shape]
     requests: list[Request] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+
+    @property
+    def served(self) -> list[Request]:
+        """The requests that the engine must hold; those of one load, since all loads have the same lengths."""
+        return self.requests or (self.loads[0].requests if self.loads else [])
 
     @staticmethod
     def of(config: Config, device: str) -> Work:
         """What `config` asks for on `device`."""
         if config.workload.kind == "steps":
             return Work(workloads.shapes(config.workload, device))
+        if config.workload.kind == "serving":
+            return Work([], loads=serving.loads(config.workload, device, config.model.vocab_size, config.seed))
         if config.workload.kind == "generate":
             served = workloads.requests(config.workload, device, config.model.vocab_size, config.seed)
             return Work([], served, workloads.calls(config.workload, device))
@@ -57,10 +68,10 @@ def engine_config(config: Config, work: Work, checkpoint: Path, device: str) -> 
     budget = limits.max_num_batched_tokens
     sizes = [(f"The {s}", s.length(budget), s.batch_size) for s in work.shapes]
     sizes += [(f"The call of {c}", c.prompt_len + c.output_len, c.batch_size) for c in work.calls]
-    sizes += [(f"Request {r.request_id} of the workload", request_len(r), 1) for r in work.requests]
+    sizes += [(f"Request {r.request_id} of the workload", request_len(r), 1) for r in work.served]
     longest = max(length for _, length, _ in sizes)
     max_model_len = limits.max_model_len or max(longest, min(_SPARE_LEN, model.max_position_embeddings))
-    widest = max(max(batch for _, _, batch in sizes), len(work.requests))
+    widest = max(max(batch for _, _, batch in sizes), len(work.requests), min(len(work.served), _SERVED_AT_ONCE))
     max_num_seqs = limits.max_num_seqs or widest
     for name, length, batch in sizes:
         if length > model.max_position_embeddings:
@@ -106,10 +117,10 @@ def too_large(shape: Shape, capacity: Capacity) -> str:
 
 def check_capacity(work: Work, capacity: Capacity) -> None:
     """InputError: the first request, or where there is none the first shape, that the started engine cannot hold."""
-    for shape in () if work.requests else work.shapes:
+    for shape in () if work.served else work.shapes:
         if reason := too_large(shape, capacity):
             raise InputError(reason)
-    for request in work.requests:
+    for request in work.served:
         if request_len(request) > min(capacity.max_model_len, capacity.kv_cache_tokens):
             raise InputError(
                 f"Request {request.request_id} of the workload needs a cache of {request_len(request)} tokens, and the "

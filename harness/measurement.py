@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from engines.base import Engine, Request, RequestResult, SamplingParams, TraceMode, TraceUnsupported
-from harness import machine, rounds, tables
+from harness import machine, tables
 from harness.config import Config
 from harness.instruments.events import EventProbe, GraphEventProbe
 from harness.instruments.host import HostProbe
@@ -24,10 +24,11 @@ from harness.instruments.kernels import KernelProbe, KernelSample, disagreeing, 
 from harness.instruments.nvtx import NvtxProbe, Ranges
 from harness.instruments.phases import PhaseTimer
 from harness.instruments.probe import Instrument, Tee
-from harness.passes import Sample, ShapeSteps, UnexpectedStep, undisturbed
+from harness.passes import Sample, ShapeSteps, UnexpectedStep, out_of_memory, undisturbed
 from harness.progress import Reporter
 from harness.results import RunWriter, request_row
-from harness.rounds import Blocks, Item
+from harness.rounds import BlockFailed, Blocks, Item
+from harness.serving import Load, load_record
 from harness.statistics import StoppingRule, median_interval, warmup_count
 from harness.workloads import Prompts, Shape
 
@@ -37,12 +38,6 @@ MIN_BLOCKS = 5
 """Fewest blocks of an item in a run of one engine."""
 SERVE_WARMUP_REQUESTS, SERVE_WARMUP_TOKENS = 4, 16
 TIMED, HOST, KERNELS = "timed", "host", "kernels"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the GPU or the host has no memory left."""
-    known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
 
 
 class Measurement:
@@ -77,49 +72,74 @@ class Measurement:
         records = []
         with self.reporter.bar("timing", len(timed)) as done:
             for item in timed:
-                blocks.warm_up(item)
+                with suppress(BlockFailed):  # the block itself will say so
+                    blocks.warm_up(item)
                 rule = StoppingRule(conf.precision, MIN_BLOCKS, conf.max_iterations, conf.max_seconds_per_shape)
-                while rule.done is None:
-                    started_s = time.perf_counter() - begun_s
-                    samples = blocks.measure(item)
-                    number = len(rule.samples)
-                    self.writer.add_rounds([rounds.row(self.engine, item, 0, number, started_s, samples)])
-                    rule.add(statistics.median(samples))
-                median = median_interval(rule.samples)
-                records.append({**item.key, "arm": self.engine.arm, "stopped": rule.done, **asdict(median)})
+                reason = ""
+                while rule.done is None and not reason:
+                    row = blocks.row(item, 0, len(rule.samples), time.perf_counter() - begun_s)
+                    self.writer.add_rounds([row])
+                    if row["status"] == "ok":
+                        rule.add(row["value"])
+                    else:
+                        reason = row["status"]
+                        self.failures.append(f"{item}: {reason}")
+                told = {**item.key, "arm": self.engine.arm, "status": reason or "ok"}
+                if rule.samples:
+                    told |= {"stopped": rule.done, **asdict(median_interval(rule.samples))}
+                records.append(told)
                 self.writer.flush()
                 done(str(item))
         return records
 
     def serve(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Serve all of `requests` at once, after a warm-up; returns what `run.json` says of it."""
+        self.warm_up_serving(requests)
+        rows, wall_s = self._served(requests)
+        return tables.throughput_record(self.engine, rows, wall_s)
+
+    def serve_load(self, load: Load) -> dict[str, Any]:
+        """Serve the requests of `load` as they arrive; returns what `run.json` says of it."""
+        rows, _ = self._served(load.requests, load.arrivals_s, load.rate)
+        record = {"arm": self.engine.arm, **load_record(load.rate, rows, self.config.workload.slo)}
+        if (late_ms := self.engine.notes.get("max_handover_ms")) is not None:
+            record["max_handover_ms"] = late_ms
+        return record
+
+    def warm_up_serving(self, requests: Sequence[Request]) -> None:
+        """A few short requests, for whatever happens only once."""
         sampling = SamplingParams(self.config.workload.temperature, SERVE_WARMUP_TOKENS, ignore_eos=True)
         room = self.engine.capacity.max_model_len - SERVE_WARMUP_TOKENS
         length = max(1, min(len(requests[0].prompt_token_ids), room))
         self.engine.serve([self.prompts.request(length, sampling) for _ in range(SERVE_WARMUP_REQUESTS)])
+
+    def _served(
+        self, requests: Sequence[Request], arrivals_s: Sequence[float] | None = None, rate: float | None = None
+    ) -> tuple[list[dict[str, Any]], float]:
+        """Rows of `requests`, written as far as they came, and the seconds that serving took."""
         finished: list[RequestResult] = []
         start_s = time.perf_counter()
-        wall_s = 0.0
+
+        def row(result: RequestResult) -> dict[str, Any]:
+            return request_row(self.engine.name, self.engine.arm, result, start_s, rate)
+
         try:
-            with self.reporter.bar("serving", len(requests)) as done, undisturbed():
+            with self.reporter.bar(f"serving {rate:g}/s" if rate else "serving", len(requests)) as done, undisturbed():
 
                 def on_finish(result: RequestResult) -> None:
                     finished.append(result)
                     done(result.request_id)
 
                 start_s = time.perf_counter()
-                results = self.engine.serve(requests, on_finish)
+                results = self.engine.serve(requests, on_finish, arrivals_s)
                 wall_s = time.perf_counter() - start_s
         finally:
-            rows = [request_row(self.engine.name, self.engine.arm, r, start_s) for r in finished]
-            self.writer.add_requests(rows)
+            self.writer.add_requests([row(result) for result in finished])
             self.writer.flush()
-        rows = [request_row(self.engine.name, self.engine.arm, r, start_s) for r in results]
-        record = tables.throughput_record(self.engine, rows, wall_s)
-        wanted = sum(r.sampling.max_tokens for r in requests)
-        if record["output_tokens"] != wanted:
-            self.failures.append(f"{record['output_tokens']} tokens came instead of {wanted}.")
-        return record
+        came, wanted = sum(len(r.token_ids) for r in results), sum(r.sampling.max_tokens for r in requests)
+        if came != wanted:
+            self.failures.append(f"{came} tokens came instead of {wanted}.")
+        return [row(result) for result in results], wall_s
 
     def time_all(self) -> None:
         """Time every shape, with no instrument attached."""

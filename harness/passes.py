@@ -11,6 +11,8 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 from engines.base import Engine, SamplingParams, Step
 from harness.instruments.nvtx import Ranges, step_label
 from harness.instruments.probe import Instrument, StepTrace
@@ -19,6 +21,12 @@ from harness.workloads import DECODE_WARMUP_STEPS, Prompts, Shape
 
 class UnexpectedStep(RuntimeError):
     """The engine ran another step than the shape asks for; its time would be a wrong row."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the GPU or the host has no memory left."""
+    known = isinstance(error, torch.cuda.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from engines.base import InputError, RequestResult
 from harness.schema import SCHEMA_VERSION, TABLES, version_of
 
-RUN_FILE = "run.json"
+RUN_FILE, COMPARISON_FILE = "run.json", "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Runs:
     runs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def request_row(engine: str, arm: str, result: RequestResult, start_s: float) -> dict[str, Any]:
+def request_row(
+    engine: str, arm: str, result: RequestResult, start_s: float, rate: float | None = None
+) -> dict[str, Any]:
     """A finished request as a row of `requests`; `start_s` is the workload's start on the clock of `result`."""
     times_s = np.asarray(result.token_times_s, dtype=np.float64)
     n = len(times_s)
@@ -58,6 +60,7 @@ def request_row(engine: str, arm: str, result: RequestResult, start_s: float) ->
         "itl_ms": (np.diff(times_s) * 1e3).tolist(),
         "e2el_ms": float(times_s[-1] - result.arrival_s) * 1e3 if n else None,
         "finish_reason": result.finish_reason,
+        "rate": rate,
     }
 
 
@@ -221,6 +224,9 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise InputError(f"{path} has schema version {version or 'none'}; this reader takes {SCHEMA_VERSION}.")
     for column in schema:
         index = table.schema.get_field_index(column.name)
+        if index < 0 and column.nullable:  # written before the table had it
+            table = table.append_column(column, pa.nulls(len(table), column.type))
+            continue
         if index < 0 or table.schema.field(index).type != column.type:
             raise InputError(f"{path} has no column {column.name} of type {column.type}.")
         values = table.column(index)

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from engines.base import Engine, Request, SamplingParams
+import torch
+
+from engines.base import Engine, InputError, Request, SamplingParams
 from harness.limits import Work
-from harness.passes import ShapeSteps, undisturbed
+from harness.passes import ShapeSteps, UnexpectedStep, out_of_memory, undisturbed
 from harness.workloads import Call, Prompts, Shape
 
 PREFILL_STEPS = 5
-"""Prefill steps in a block; a decode block takes what one batch of prompts gives (`Shape.width`)."""
+"""Prefill steps or calls in a block; a decode block takes what one batch of prompts gives (`Shape.width`)."""
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 4, 9
+
+
+class BlockFailed(RuntimeError):
+    """A block has no value; the message says why. The engine can go on with the next one."""
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """What may happen to one block as `BlockFailed`; anything else goes through."""
+    try:
+        yield
+    except (UnexpectedStep, RuntimeError, MemoryError) as error:
+        if not isinstance(error, UnexpectedStep | BlockFailed) and not out_of_memory(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise BlockFailed(str(error).splitlines()[0]) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +69,9 @@ class Item:
 
 
 def items(work: Work) -> list[Item]:
-    """Everything that a workload measures, in its order."""
+    """Everything that a workload measures, in its order. InputError: it cannot be measured in blocks."""
+    if work.loads:
+        raise InputError("A serving workload is run by one engine after the other; it has no rounds.")
     timed = [Item("generate_ms" if c.phase == "prefill" else "tpot_ms", c, c.batch_size) for c in work.calls]
     if work.requests:  # whose shapes are only examples
         return [*timed, Item("output_tok_s", None, len(work.requests))]
@@ -65,25 +87,44 @@ class Blocks:
         self._temperature = temperature
         self._requests = requests
 
-    def measure(self, item: Item) -> list[float]:
-        """The samples of one block, in the item's unit. RuntimeError (UnexpectedStep, out of memory): it cannot."""
+    def _measure(self, item: Item) -> list[float]:
         match item.work:
             case Shape():
                 return self._steps(item.work)
             case Call():
-                return [self._tpot_ms(item.work) if item.metric == "tpot_ms" else self._call_ms(item.work)]
+                return [self._tpot_ms(item.work)] if item.metric == "tpot_ms" else self._prompts_ms(item.work)
             case None:
                 return [self._output_tok_s()]
 
+    def row(self, item: Item, launch: int, number: int, started_s: float) -> dict[str, Any]:
+        """One block as a row of `rounds`, with its value or with the reason why there is none."""
+        try:
+            samples, status = self.measure(item), "ok"
+        except BlockFailed as error:
+            samples, status = [], str(error)
+        place = {"launch": launch, "round": number, "started_s": started_s, "samples": len(samples)}
+        value = statistics.median(samples) if samples else None
+        who = {"engine": self._engine.name, "arm": self._engine.arm}
+        return {**who, **item.key, **place, "value": value, "status": status}
+
+    def measure(self, item: Item) -> list[float]:
+        """The samples of one block, in the item's unit. BlockFailed: there are none, and the engine goes on."""
+        with _failing():
+            return self._measure(item)
+
     def warm_up(self, item: Item) -> None:
-        """A short form of a block, for whatever happens only once: compilation, first touches, another arm's start."""
-        match item.work:
-            case Call(output_len=output):
-                self._call_ms(replace(item.work, output_len=min(output, WARM_UP_TOKENS)))
-            case None:
-                self._call_ms(Call(min(item.batch_size, WARM_UP_REQUESTS), WARM_UP_TOKENS, WARM_UP_TOKENS))
-            case Shape():
-                self.measure(item)
+        """A short form of a block, for whatever happens only once: compilation, first touches, another arm's start.
+
+        BlockFailed, as from `measure`.
+        """
+        with _failing():
+            match item.work:
+                case Call(output_len=output):
+                    self._call_ms(replace(item.work, output_len=min(output, WARM_UP_TOKENS)))
+                case None:
+                    self._call_ms(Call(min(item.batch_size, WARM_UP_REQUESTS), WARM_UP_TOKENS, WARM_UP_TOKENS))
+                case Shape():
+                    self._measure(item)
 
     def _steps(self, shape: Shape) -> list[float]:
         source = ShapeSteps(self._engine, self._prompts, self._temperature).samples(shape)
@@ -100,7 +141,14 @@ class Blocks:
         So it is measured alike for every engine, also where single steps cannot be seen from outside.
         """
         first_ms = self._call_ms(replace(call, output_len=1))
-        return (self._call_ms(call) - first_ms) / (call.output_len - 1)
+        tpot_ms = (self._call_ms(call) - first_ms) / (call.output_len - 1)
+        if tpot_ms <= 0:
+            raise BlockFailed(f"{call.output_len} tokens took no longer than one: ask for more output_tokens.")
+        return tpot_ms
+
+    def _prompts_ms(self, call: Call) -> list[float]:
+        """The first call finds caches and clocks as the other engines left them, and does not count."""
+        return [self._call_ms(call) for _ in range(1 + PREFILL_STEPS)][1:]
 
     def _call_ms(self, call: Call) -> float:
         sampling = SamplingParams(self._temperature, max_tokens=call.output_len, ignore_eos=True)
@@ -119,20 +167,5 @@ class Blocks:
             wall_s = time.perf_counter() - start_s
         missing = sum(r.sampling.max_tokens for r in requests) - sum(len(r.token_ids) for r in results)
         if missing:
-            raise RuntimeError(f"{missing} tokens too few came back.")
+            raise BlockFailed(f"{missing} tokens too few came back.")
         return wall_s
-
-
-def row(engine: Engine, item: Item, launch: int, number: int, started_s: float, samples: list[float]) -> dict[str, Any]:
-    """A finished block as a row of `rounds`."""
-    place = {"launch": launch, "round": number, "started_s": started_s, "samples": len(samples)}
-    return {
-        "engine": engine.name, "arm": engine.arm, **item.key, **place, "value": statistics.median(samples),
-        "status": "ok",
-    }  # fmt: skip
-
-
-def failed_row(engine: Engine, item: Item, launch: int, number: int, started_s: float, reason: str) -> dict[str, Any]:
-    """A block without a value."""
-    place = {"launch": launch, "round": number, "started_s": started_s, "samples": 0}
-    return {"engine": engine.name, "arm": engine.arm, **item.key, **place, "status": reason}

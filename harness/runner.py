@@ -28,6 +28,7 @@ from harness.limits import Work, check_capacity, device_of, engine_config, too_l
 from harness.measurement import KERNELS, TIMED, Measurement
 from harness.progress import Reporter
 from harness.results import RunWriter
+from harness.roofline.ceilings import cached_record
 from harness.rounds import items
 from harness.summary import print_summary
 from harness.verify import verify
@@ -134,6 +135,7 @@ class Session:
             "provenance": machine.provenance(),
             "gpu_before": machine.gpu_state(),
         }
+        self.record["ceilings"] = cached_record(self.record["provenance"], self.device)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -157,6 +159,13 @@ class Session:
         if self.work.calls:
             with self._phase("timed"):
                 self.record["rounds"] = measured.time_rounds(items(self.work), self.work.requests)
+            return
+        if self.work.loads:
+            records = self.record["serving"] = []
+            with self._phase("serve"):
+                measured.warm_up_serving(self.work.served)
+                for load in self.work.loads:
+                    records.append(measured.serve_load(load))
             return
         if self.work.requests:
             with self._phase("serve"):

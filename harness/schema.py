@@ -9,7 +9,8 @@ from __future__ import annotations
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
-"""Raised whenever a column is added, removed or changes its meaning."""
+"""Raised whenever a column is removed, changes its meaning, or one is added that needs a value. A column that may be
+null is added freely: in files from before it reads as null."""
 
 _VERSION_KEY = b"schema_version"
 
@@ -71,7 +72,7 @@ STEPS = _table(
 )
 REQUESTS = _table(
     *_WHO,
-    _column("request_id", pa.string(), "Name of the request within its workload."),
+    _column("request_id", pa.string(), "Name of the request within its workload; at each rate anew."),
     _column("prompt_tokens", pa.int32(), "Length of the prompt.", unit="tokens"),
     _column("output_tokens", pa.int32(), "n, the number of tokens produced.", unit="tokens"),
     _column("arrival_s", pa.float64(), "When the request arrived, counted from the workload's start.", unit="s"),
@@ -80,6 +81,13 @@ REQUESTS = _table(
     _column("itl_ms", pa.list_(pa.float64()), "The n - 1 gaps between one token and the next.", unit="ms"),
     _column("e2el_ms", pa.float64(), "Time of last token - arrival; null if n = 0.", unit="ms", nullable=True),
     _column("finish_reason", pa.string(), "length, stop or abort."),
+    _column(
+        "rate",
+        pa.float64(),
+        "Requests per second that were offered; null where all arrived at once.",
+        unit="1/s",
+        nullable=True,
+    ),
 )
 HOST = _table(
     *_WHO,

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engines.base import InputError
-from harness.results import RUN_FILE, load
+from harness.results import COMPARISON_FILE, RUN_FILE, load
 from harness.schema import TABLES
 
 _DECIMALS = 3
@@ -67,6 +67,26 @@ def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
             (temp / ".hydra" / file).write_text(_without_folders(text))
     shutil.rmtree(target, ignore_errors=True)
     temp.rename(target)
+
+
+def slim_comparison(folder: Path | str, target: Path | str, max_iterations: int) -> None:
+    """Copy the comparison in `folder` to `target`: its record, and every run of its launches made small by `slim`.
+
+    Contestants that never got a run keep their reason in the record. InputError: there is no comparison, or `target`
+    is not free.
+    """
+    source, target = Path(folder), Path(target)
+    if not (source / COMPARISON_FILE).is_file():
+        raise InputError(f"{source} holds no comparison (no {COMPARISON_FILE}).")
+    if target.exists() and not (target / COMPARISON_FILE).is_file():
+        raise InputError(f"{target} exists and is not a comparison; nothing was replaced.")
+    shutil.rmtree(target, ignore_errors=True)
+    for path in sorted(source.rglob(COMPARISON_FILE)):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True)
+        copy.write_text(json.dumps(_without_folders(json.loads(path.read_text())), indent=2) + "\n")
+    for path in sorted(source.rglob(RUN_FILE)):
+        slim(path.parent, target / path.parent.relative_to(source), max_iterations)
 
 
 def _thinned(frame: pd.DataFrame, keys: list[str], max_iterations: int) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from engines.base import NO_LAYER, WHOLE_LAYER, InputError
 from harness.results import load
+from harness.serving import PERCENTILES
 
 SLOWEST_OPS = 3
 _PLAIN_WIDTH = 160
@@ -37,6 +38,8 @@ def _print_run(run: dict[str, Any], layers: pd.DataFrame, console: Console) -> N
         console.print(steps_table(run, layers, title))
     if run.get("rounds"):
         console.print(rounds_table(run["rounds"], title))
+    if run.get("serving"):
+        console.print(serving_table(run["serving"], title))
     if run.get("status") != "ok":
         console.print(f"This run is {run.get('status')}. {run.get('error', '')}", markup=False, soft_wrap=True)
     if served := run.get("throughput"):
@@ -74,6 +77,26 @@ def rounds_table(records: list[dict[str, Any]], title: str) -> Table:
         size = (str(r["batch_size"]), str(r["tokens"]), str(r["output_len"]))
         interval = f"{r['low']:.3f} - {r['high']:.3f}"
         table.add_row(r["phase"], *size, r["metric"], f"{r['median']:.3f}", interval, str(r["samples"]))
+    return table
+
+
+def serving_table(records: list[dict[str, Any]], title: str) -> Table:
+    """A `serving` workload: of each rate what came of it, and a line for each latency, in ms."""
+    table = Table(title=title, title_justify="left")
+    for name in ("rate /s", "offered", "achieved", "tok/s", "goodput", "queue", "latency, ms"):
+        table.add_column(name, justify="left" if name == "latency, ms" else "right")
+    for p in PERCENTILES:
+        table.add_column(f"p{p}", justify="right")
+    for r in records:
+        rates = ["at once" if r[name] is None else f"{r[name]:.3g}" for name in ("rate", "offered_rate")]
+        good = f"{r['goodput_share']:.0%}, {r['goodput_rate']:.3g} /s"
+        queue = "grows" if r["still_growing"] else "-" if r["still_growing"] is None else "steady"
+        first = [*rates, f"{r['achieved_rate']:.3g}", f"{r['output_tok_s']:.0f}", good, queue]
+        for metric, label in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("itl_ms", "ITL"), ("e2el_ms", "end to end")):
+            found = [r.get(f"{metric}_p{p}") for p in PERCENTILES]
+            table.add_row(*first, label, *("-" if value is None else f"{value:.2f}" for value in found))
+            first = [""] * len(first)
+        table.add_section()
     return table
 
 

@@ -2,13 +2,15 @@
 
     python scripts/reference_refresh.py RUN... --to results/reference/h200 [--iterations 20]
 
-RUN is a run's folder, or a folder with runs below it. Each goes to `<to>/<name>`, where the name is the run's engine
-and workload if `run.json` tells them, else its folder's name; a run that stood there is replaced.
+RUN is a run's folder, a folder with runs below it, or a comparison's folder. Each run goes to `<to>/<name>`, where the
+name is the run's engine, model and workload if `run.json` tells them, else its folder's name; a comparison goes to
+`<to>/compare-<model>-<workload>-<engines>`. What stood there is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines.base import InputError
 from harness.machine import machine_slug
-from harness.results import load
-from harness.slim import slim
+from harness.results import COMPARISON_FILE, load
+from harness.slim import slim, slim_comparison
 
 _ITERATIONS = 20
 """Kept of each shape: enough for a median within a few percent, small enough for a repository."""
@@ -44,7 +46,16 @@ def main() -> int:
         return 0
     arguments = parser.parse_args()
     try:
-        runs = load(*arguments.runs).runs
+        comparisons = [Path(path) for path in arguments.runs if (Path(path) / COMPARISON_FILE).is_file()]
+        for source in comparisons:
+            settings = json.loads((source / COMPARISON_FILE).read_text())["settings"]
+            engines = dict.fromkeys(label.partition(":")[0] for label in settings["engines"])
+            name = [settings["model"]["name"], settings["workload"]["name"], *engines]
+            target = arguments.to / f"compare-{'-'.join(name)}"
+            slim_comparison(source, target, arguments.iterations)
+            print(f"{_size_bytes(target) / 1e3:9.1f} kB  {target.name}  from {source.name}")
+        rest = [path for path in arguments.runs if Path(path) not in comparisons]
+        runs = load(*rest).runs if rest else []
         targets = {_name(run): Path(run["run_dir"]) for run in runs}
         if len(targets) < len(runs):
             raise InputError("Two of these runs would get the same name; give one run of each engine and workload.")

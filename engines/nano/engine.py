@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from engines.arrivals import Arrivals
 from engines.base import (
     Capacity,
     EngineConfig,
@@ -86,6 +87,7 @@ class LLM(OfflineCalls):
             self.runner.max_model_len, config.max_num_seqs, config.max_num_batched_tokens,
             self.runner.num_blocks * self.options.block_size,
         )  # fmt: skip
+        self.streamed = set()
         self._last = Ran([], False, [])
         self._closed = False
 
@@ -149,25 +151,37 @@ class LLM(OfflineCalls):
         return self.scheduler.has_unfinished()
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        self.scheduler.abort(request_ids)
+        doomed = set(request_ids)
+        self.scheduler.abort(doomed)
+        self.streamed -= doomed
 
     def serve(
-        self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
+        self,
+        requests: Iterable[Request],
+        on_finish: Callable[[RequestResult], None] | None = None,
+        arrivals_s: Iterable[float] | None = None,
     ) -> list[RequestResult]:
-        """All requests at once, at full speed."""
+        """All requests at full speed, from when they arrive on: at once, or `arrivals_s` seconds from now."""
         requests = list(requests)
+        arrivals = Arrivals(requests, None if arrivals_s is None else list(arrivals_s))
         try:
-            return self._serve(requests, on_finish)
+            return self._serve(requests, arrivals, on_finish)
         except BaseException:  # one of them cannot run, or the user interrupts: what is queued must not run later
             self.abort(request.request_id for request in requests)
             raise
 
-    def _serve(self, requests: list[Request], on_finish: Callable[[RequestResult], None] | None) -> list[RequestResult]:
-        arrival = time.perf_counter()
-        sequences = [self.add(request) for request in requests]
-        times: dict[str, list[float]] = {s.request_id: [] for s in sequences}
+    def _serve(
+        self, requests: list[Request], arrivals: Arrivals, on_finish: Callable[[RequestResult], None] | None
+    ) -> list[RequestResult]:
+        times: dict[str, list[float]] = {r.request_id: [] for r in requests}
         results: dict[str, RequestResult] = {}
-        while self.has_unfinished() and len(results) < len(sequences):
+        while len(results) < len(requests):
+            for request in arrivals.take():
+                self.add(request)
+            if not self.has_unfinished():
+                if not arrivals.wait():
+                    break
+                continue
             self.advance()
             now = time.perf_counter()
             for sequence in self._last.sequences:  # some may be of a stream that waits meanwhile
@@ -179,11 +193,11 @@ class LLM(OfflineCalls):
                     continue
                 name, tokens = sequence.request_id, tuple(sequence.output_token_ids)
                 results[name] = RequestResult(
-                    name, sequence.num_prompt, tokens, arrival, tuple(times[name]), sequence.finish_reason
+                    name, sequence.num_prompt, tokens, arrivals.due_s(name), tuple(times[name]), sequence.finish_reason
                 )
                 if on_finish is not None:
                     on_finish(results[name])
-        return [results[s.request_id] for s in sequences]
+        return [results[r.request_id] for r in requests]
 
     def score(self, requests: Iterable[Request]) -> list[Scored]:
         """Greedy continuation with the logits of every token, through the same steps as always."""

@@ -11,12 +11,13 @@ import atexit
 import gc
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
+from engines.arrivals import Arrivals
 from engines.base import (
     Capacity,
     EngineConfig,
@@ -129,32 +130,43 @@ class NanoVLLM:
                 scheduler.block_manager.deallocate(sequence)
 
     def serve(
-        self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
+        self,
+        requests: Iterable[Request],
+        on_finish: Callable[[RequestResult], None] | None = None,
+        arrivals_s: Sequence[float] | None = None,
     ) -> list[RequestResult]:
-        arrival_s = time.perf_counter()
-        sequences = []
-        for request in requests:
-            self.add(request)
-            sequences.append(self._sequences[request.request_id])
-        times: dict[int, list[float]] = {sequence.seq_id: [] for sequence in sequences}
-        results: dict[int, RequestResult] = {}
-        while self.has_unfinished():
-            finished, _ = self._engine.step()
-            now_s = time.perf_counter()
-            for sequence in self._scheduled:
-                if len(times[sequence.seq_id]) < sequence.num_completion_tokens:
-                    times[sequence.seq_id].append(now_s)
-            for key, tokens in finished:
-                name = self._names[key]
-                sequence = self._sequences[name]
-                ended = "length" if len(tokens) == sequence.max_tokens else "stop"
-                results[key] = RequestResult(
-                    name, sequence.num_prompt_tokens, tuple(tokens), arrival_s, tuple(times[key]), ended
-                )
-                self._forget(name)
-                if on_finish is not None:
-                    on_finish(results[key])
-        return [results[sequence.seq_id] for sequence in sequences]
+        requests = list(requests)
+        arrivals = Arrivals(requests, arrivals_s)
+        times: dict[int, list[float]] = {}
+        results: dict[str, RequestResult] = {}
+        try:
+            while True:
+                for request in arrivals.take():
+                    self.add(request)
+                    times[self._sequences[request.request_id].seq_id] = []
+                if not self.has_unfinished():
+                    if not arrivals.wait():
+                        break
+                    continue
+                finished, _ = self._engine.step()
+                now_s = time.perf_counter()
+                for sequence in self._scheduled:
+                    if len(times[sequence.seq_id]) < sequence.num_completion_tokens:
+                        times[sequence.seq_id].append(now_s)
+                for key, tokens in finished:
+                    name = self._names[key]
+                    sequence = self._sequences[name]
+                    ended = "length" if len(tokens) == sequence.max_tokens else "stop"
+                    results[name] = RequestResult(
+                        name, sequence.num_prompt_tokens, tuple(tokens), arrivals.due_s(name), tuple(times[key]), ended
+                    )
+                    self._forget(name)
+                    if on_finish is not None:
+                        on_finish(results[name])
+        except BaseException:
+            self.abort([request.request_id for request in requests])  # what stays queued would run with the next call
+            raise
+        return [results[request.request_id] for request in requests]
 
     def score(self, requests: Iterable[Request]) -> list[Scored]:
         requests = list(requests)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
+from engines.arrivals import Arrivals
 from engines.base import (
     Capacity,
     EngineConfig,
@@ -107,7 +108,10 @@ class VLLM:
 
     @package.changes
     def serve(
-        self, requests: Iterable[Request], on_finish: Callable[[RequestResult], None] | None = None
+        self,
+        requests: Iterable[Request],
+        on_finish: Callable[[RequestResult], None] | None = None,
+        arrivals_s: Sequence[float] | None = None,
     ) -> list[RequestResult]:
         self._check_idle("serve")
         requests = list(requests)
@@ -118,13 +122,16 @@ class VLLM:
         live = self._live
         if live is None or live.arm is not self._serve_arm:
             live = self._start(self._serve_arm)
+        arrivals = Arrivals(requests, arrivals_s)
         try:
-            results, clocks = serve(live.engine, requests, self._eos, on_finish)
+            results, clocks = serve(live.engine, requests, self._eos, on_finish, arrivals)
         finally:
             live.settle()
             if self._tap is not None:
                 self._tap.clear()
         self.notes["request_clocks"] = clocks.notes()
+        if arrivals_s is not None:
+            self.notes["max_handover_ms"] = 1e3 * arrivals.max_late_s
         self._notice(clocks.notice())
         return results
 
@@ -166,6 +173,7 @@ class VLLM:
             "prepare": [(runner, "_prepare_inputs"), (runner, "prepare_inputs")],
             "launch": [(core.model_executor, "execute_model")],
             "sample": [(core.model_executor, "sample_tokens")],
+            "rest": [(runner, "_to_list")],  # inside of sampling: waits for the tokens
             "finish": [(core.scheduler, "update_from_output"), (live.engine.output_processor, "process_outputs")],
         }
         return {phase: [m for m in methods if hasattr(*m)] for phase, methods in named.items()}

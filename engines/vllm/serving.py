@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from queue import Empty
 from typing import Any
 
+from engines.arrivals import Arrivals
 from engines.base import Request, RequestResult
 from engines.vllm import package
 from engines.vllm.requests import queue
@@ -71,16 +73,37 @@ class _Difference:
         return self._apart_s / self._ours_s if self._ours_s else 0.0
 
 
+class _Interruptible:
+    """The queue of answers from an engine's process, whose `get` hands over what arrives while it waits."""
+
+    def __init__(self, answers: Any, arrivals: Arrivals, hand_over: Callable[[], None]) -> None:
+        self._answers = answers
+        self._arrivals = arrivals
+        self._hand_over = hand_over
+
+    def get(self) -> Any:
+        while (left_s := self._arrivals.left_s) is not None:
+            try:
+                return self._answers.get(timeout=left_s)
+            except Empty:
+                self._hand_over()
+        return self._answers.get()
+
+
 def serve(
     engine: Any,
     requests: Sequence[Request],
     eos: tuple[int, ...],
     on_finish: Callable[[RequestResult], None] | None,
+    arrivals: Arrivals,
 ) -> tuple[list[RequestResult], Clocks]:
-    """Run all requests, all arriving now; results in their order.
+    """Run all requests as they arrive; results in their order.
 
     As in vLLM's own `generate`, outputs are built once per request; a token's time is taken when the engine's answer
     for its step arrives here, so tokens that arrive together share it.
+
+    An engine in this process takes requests between its steps. One in another process is given them when they are due,
+    as vLLM's server would, also while this one waits for its next answer.
     """
     client = package.reach(engine, "engine_core")
     get_output = package.reach(client, "get_output")
@@ -96,14 +119,25 @@ def serve(
     clocks, results = Clocks(), {}
     waiting: dict[str, tuple[Request, list[float]]] = {}
     keys: list[str] = []
-    client.get_output = timed_output
-    arrival_s, arrival_time = time.perf_counter(), time.time()
-    try:
-        for request in requests:
-            key = queue(engine, request, eos, arrival_time)
+    to_their_clock_s = time.time() - time.perf_counter()
+
+    def hand_over() -> None:
+        for request in arrivals.take():
+            key = queue(engine, request, eos, arrivals.due_s(request.request_id) + to_their_clock_s)
             keys.append(key)
             waiting[request.request_id] = (request, times.setdefault(key, []))
-        while engine.has_unfinished_requests():
+
+    client.get_output = timed_output
+    answers = getattr(client, "outputs_queue", None)
+    if answers is not None:
+        client.outputs_queue = _Interruptible(answers, arrivals, hand_over)
+    try:
+        while True:
+            hand_over()
+            if not engine.has_unfinished_requests():
+                if not arrivals.wait():
+                    break
+                continue
             for output in engine.step():
                 request, at = waiting.pop(output.request_id)
                 completion = output.outputs[0]
@@ -111,7 +145,7 @@ def serve(
                     request_id=request.request_id,
                     prompt_tokens=len(request.prompt_token_ids),
                     token_ids=tuple(completion.token_ids),
-                    arrival_s=arrival_s,
+                    arrival_s=arrivals.due_s(request.request_id),
                     token_times_s=tuple(at),
                     finish_reason=str(completion.finish_reason),
                 )
@@ -121,6 +155,8 @@ def serve(
                     on_finish(result)
     finally:
         del client.get_output  # the class's own method again
+        if answers is not None:
+            client.outputs_queue = answers
         if waiting:
             engine.abort_request(keys, internal=True)
     return [results[request.request_id] for request in requests], clocks

@@ -7,7 +7,7 @@ Engines with a given cache size start together; the others, which look at what i
     engines=[A,B,...]   who takes part, in this order
     baseline=A          whom ratios refer to (default: the first)
     rounds=8            blocks of each engine and item in a launch (half as many of a whole served workload)
-    launches=2          how often all engines are started anew
+    launches=3          how often all engines are started anew; from 3 on, intervals hold what differs between starts
     into=FOLDER         where it goes (default: a folder of results/compare named after the settings); what is finished
                         there is not measured again
 
@@ -43,7 +43,7 @@ class Settings:
     engines: list[str] = field(default_factory=list)
     baseline: str = ""
     rounds: int = 8
-    launches: int = 2
+    launches: int = 3
     into: str = ""
 
 

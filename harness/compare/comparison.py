@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engines.base import InputError
-from harness import rounds
+from harness import machine, rounds
 from harness.compare.contestants import Contestant
 from harness.compare.table import Row, rows
 from harness.compare.worker import Order, Worker
 from harness.limits import Work, device_of
 from harness.progress import Reporter
-from harness.results import load, write_json
+from harness.results import COMPARISON_FILE, load, write_json
 
-COMPARISON_FILE = "comparison.json"
-CONDITIONS = ("model", "workload", "limits", "weights", "dtype", "device", "seed", "verify")
+T = TypeVar("T")
+CONDITIONS = ("model", "workload", "weights", "dtype", "device", "seed", "verify")
 """Parts of the config that the contestants share."""
 
 
@@ -54,10 +54,16 @@ class Comparison:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two comparisons the same one."""
+        """What makes two comparisons the same one: what is asked for, the code that runs, and where it runs."""
         config = asdict(self.contestants[0].config)
         shared = {name: config[name] for name in CONDITIONS}
-        return {"engines": self.labels, "baseline": self.baseline, "rounds": self.num_rounds, **shared}
+        options = {c.label: [asdict(c.config.engine), asdict(c.config.limits)] for c in self.contestants}
+        where = machine.provenance()
+        measured = {name: where[name] for name in ("versions", "git", "gpu")}
+        return {
+            "engines": self.labels, "baseline": self.baseline, "rounds": self.num_rounds, **shared,
+            "contestants": options, "provenance": measured,
+        }  # fmt: skip
 
     def run(self) -> list[Row]:
         """All launches that are not finished yet, then the rows of all of them. InputError: another one's folder."""
@@ -77,6 +83,9 @@ class Comparison:
         workers: list[Worker] = []
         try:
             for contestant in self.contestants:
+                if contestant.waits:  # nobody else may start meanwhile
+                    for earlier in workers:
+                        earlier.wait_ready()
                 self.reporter.say(f"Launch {launch}: starting {contestant.label}")
                 worker = Worker(contestant.config, folder / contestant.folder, contestant.label)
                 workers.append(worker)
@@ -101,11 +110,11 @@ class Comparison:
         write_json(folder / COMPARISON_FILE, {"launch": launch, "reasons": self.reasons})
 
     def _turns(self, workers: Sequence[Worker], launch: int, index: int) -> None:
-        """A warm-up each, then rounds: A B C, C B A, A B C, ... so that a drift weighs on all alike."""
+        """A warm-up each, then rounds in changing order."""
         fit = [w for w in workers if w.measure(self._order(index, launch, 0, warm_up=True)).kind == "done"]
         # A served workload takes seconds, and hundreds of requests in one block.
         for number in range(self.num_rounds if self.items[index].work else -(-self.num_rounds // 2)):
-            for worker in fit if number % 2 == 0 else reversed(fit):
+            for worker in turns(fit, number):
                 worker.measure(self._order(index, launch, number))
         for worker in workers:
             if worker not in fit:  # once more, for a row that tells the reason
@@ -132,6 +141,17 @@ class Comparison:
         record = json.loads(path.read_text()) | {"status": "ok", "finished": finished, "launches": self.launches}
         write_json(path, {**record, "reasons": self.reasons, "rows": [row.record() for row in found]})
         return found
+
+
+def turns(workers: Sequence[T], number: int) -> list[T]:
+    """The order of round `number`: A B C, C B A, B C A, A C B, C A B, B A C, ...
+
+    Back and forth, a steady drift weighs on all alike; begun with another engine each time, each is first, last and
+    between the others equally often.
+    """
+    start = number // 2 % len(workers) if workers else 0
+    rotated = [*workers[start:], *workers[:start]]
+    return rotated if number % 2 == 0 else rotated[::-1]
 
 
 def read(folder: Path | str) -> tuple[dict[str, Any], list[Row]]:

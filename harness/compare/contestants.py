@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.base import InputError
-from harness.config import Config, compose
+from harness.config import Config
+from harness.overrides import combinations
 
 GPU_SHARE = 0.9
 """Of the GPU's memory, for all contestants together, unless limits.gpu_memory_utilization says what each may take."""
@@ -32,6 +33,11 @@ class Contestant:
         return folder_name(self.label)
 
 
+def _config(overrides: list[str]) -> Config:
+    configs = combinations(overrides, multirun=False)
+    return configs[0]
+
+
 def folder_name(label: str) -> str:
     """A label as the name of the folder of its runs."""
     return re.sub(r"[^\w.=-]+", "-", label)
@@ -53,5 +59,5 @@ def contestants(labels: Sequence[str], overrides: Sequence[str]) -> list[Contest
     for label in labels:
         engine, *options = label.split(":")
         own = [o if o.startswith(_LIMITS) else f"++engine.options.{o}" for o in options]
-        found.append(Contestant(label, compose([f"engine={engine}", *common, *own])))
+        found.append(Contestant(label, _config([f"engine={engine}", *common, *own])))
     return found

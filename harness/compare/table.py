@@ -73,8 +73,9 @@ class Row:
             if cell.spread is not None:
                 found |= asdict(cell.spread)
             if cell.ratio is not None and cell.ratio.pairs > 1:
-                found |= {"ratio": cell.ratio.value, "ratio_low": cell.ratio.low, "ratio_high": cell.ratio.high,
-                          "pairs": cell.ratio.pairs, "verdict": cell.ratio.verdict(self.higher_is_better)}  # fmt: skip
+                ratio = cell.ratio
+                found |= {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high, "pairs": ratio.pairs}
+                found |= {"over_launches": ratio.over_launches, "verdict": ratio.verdict(self.higher_is_better)}
             cells[label] = found
         return {**{name: getattr(self, name) for name in KEY}, "cells": cells}
 
@@ -113,15 +114,17 @@ def _cell(group: pd.DataFrame, label: str, base: pd.Series | None, gone: str) ->
     if base is not None:
         both = values.index.intersection(base.index)
         if len(both):
-            ratio = paired_ratio(values[both].tolist(), base[both].tolist())
+            launches = both.get_level_values("launch").tolist()
+            ratio = paired_ratio(values[both].tolist(), base[both].tolist(), launches)
     return Cell(spread, ratio, gone)
 
 
 def print_table(found: Sequence[Row], labels: Sequence[str], baseline: str, console: Console) -> None:
     """Medians over rounds with their range, and ratios to the baseline with their intervals."""
-    table = Table(
-        title=f"medians over rounds (lowest - highest); ratios to {baseline} (95 % interval)", title_justify="left"
-    )
+    over = any(cell.ratio and cell.ratio.over_launches for row in found for cell in row.cells.values())
+    within = "over launches" if over else "within these processes: fewer than 3 launches"
+    title = f"medians over rounds (lowest - highest); ratios to {baseline} (95 % interval {within})"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right")

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config import Config
-from harness.measurement import out_of_memory
-from harness.passes import UnexpectedStep
 
 if TYPE_CHECKING:
     from harness.runner import Session
@@ -78,32 +76,20 @@ def main(link: Connection, config: Config, run_dir: Path) -> None:
 
 
 def _obey(session: Session, order: Order) -> Answer:
-    from harness import rounds
+    from harness.rounds import BlockFailed, items
 
-    item = rounds.items(session.work)[order.item]
-    place = (order.launch, order.round, order.started_s)
-    measured = session.measured
+    item, measured = items(session.work)[order.item], session.measured
     blocks = measured.blocks(session.work.requests)
-    try:
-        if order.warm_up:
+    if order.warm_up:
+        try:
             blocks.warm_up(item)
-            return Answer("done")
-        samples = blocks.measure(item)
-        answer = Answer("done")
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, UnexpectedStep) and not out_of_memory(error):
-            raise
-        answer = Answer("failed", str(error).splitlines()[0])
-    if not order.warm_up:
-        done = answer.kind == "done"
-        made = (
-            rounds.row(measured.engine, item, *place, samples)
-            if done
-            else rounds.failed_row(measured.engine, item, *place, answer.text)
-        )
-        measured.writer.add_rounds([made])
-        measured.writer.flush()  # a process may end any time, and nobody is timing now
-    return answer
+        except BlockFailed as error:
+            return Answer("failed", str(error))
+        return Answer("done")
+    row = blocks.row(item, order.launch, order.round, order.started_s)
+    measured.writer.add_rounds([row])
+    measured.writer.flush()  # a process may end any time, and nobody is timing now
+    return Answer("done") if row["status"] == "ok" else Answer("failed", row["status"])
 
 
 class Worker:
@@ -130,7 +116,10 @@ class Worker:
         """Have one block measured; `dead` at once from a worker that is gone."""
         if self.reason:
             return Answer("dead", self.reason)
-        self._link.send(order)
+        try:
+            self._link.send(order)
+        except OSError:  # it ended while others had their turn
+            return self._lost(self._died())
         return self._receive(BLOCK_TIMEOUT_S)
 
     def close(self) -> None:
@@ -146,8 +135,10 @@ class Worker:
 
     def end(self) -> None:
         """End whatever is left of the process and of those it started; vLLM's own may outlive it and keep the GPU."""
+        pid = self._process.pid
+        assert pid is not None  # it was started
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
         self._process.kill()  # it may not lead its group yet
         self._process.join()
 
@@ -158,15 +149,17 @@ class Worker:
         if self._link in ready:
             try:
                 answer = self._link.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 answer = self._died()
         elif ready:
             answer = self._died()
         else:
             self.end()
             answer = Answer("dead", f"It gave no answer for {timeout_s:.0f} s and was ended.")
-        if answer.kind == "dead":
-            self.reason = answer.text
+        return self._lost(answer) if answer.kind == "dead" else answer
+
+    def _lost(self, answer: Answer) -> Answer:
+        self.reason = answer.text
         return answer
 
     def _died(self) -> Answer:

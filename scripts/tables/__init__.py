@@ -5,15 +5,17 @@ code itself, never the clock, the machine or anything random, so that the same c
 To add one: write it in the module of its theme (or a new module, imported here) and put its marker into a document.
 """
 
-from scripts.tables import attention, blocks, cache, engines, graphs, pairs, traces
+from scripts.tables import attention, baseline, blocks, cache, comparison, engines, graphs, pairs, traces
 from scripts.tables.registry import TABLES, InputError, filled, stale, table
 
 __all__ = [
     "TABLES",
     "InputError",
     "attention",
+    "baseline",
     "blocks",
     "cache",
+    "comparison",
     "engines",
     "filled",
     "graphs",

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+from harness.roofline.costs import Cost, Load, cost
 from scripts.tables.registry import markdown, table
-from scripts.tables.sources import ELEMENT_BYTES, MODELS, Model, floor_us, model
+from scripts.tables.sources import MODELS, Model, floor_us, model
 
 CONTEXTS = (128, 1024, 4096)
 
 
-def decode_bytes(config: Model, context: int) -> int:
-    """One new token in one layer: its query and output, and every key and value of `context` tokens, read once."""
-    return 2 * config.num_heads * config.head_dim * ELEMENT_BYTES + context * config.layer_token_bytes
+def decode(config: Model, context: int) -> Cost:
+    """One new token in one layer, the last of a sequence of `context` tokens."""
+    return cost(config, "attention", Load(1, 1, context - 1))
 
 
-def decode_flop(config: Model, context: int) -> int:
-    """One new token in one layer: scores and weighted sum, two operations per element each."""
-    return 4 * config.num_heads * config.head_dim * context
-
-
-def prefill_bytes(config: Model, tokens: int) -> int:
-    """A prompt in one layer: queries, outputs, keys and values once each."""
-    return tokens * (2 * config.num_heads * config.head_dim * ELEMENT_BYTES + config.layer_token_bytes)
-
-
-def prefill_flop(config: Model, tokens: int) -> int:
+def prefill(config: Model, tokens: int) -> Cost:
     """A prompt in one layer: token i attends to i + 1 keys."""
-    return 4 * config.num_heads * config.head_dim * tokens * (tokens + 1) // 2
+    return cost(config, "attention", Load(1, tokens, 0))
 
 
 @table("attention")
@@ -44,12 +35,17 @@ def attention() -> str:
         config = model(names[0])
         for context in CONTEXTS:
             cells = [", ".join(names), f"{config.num_heads} : {config.num_kv_heads}", f"{context:,}"]
-            moved, flop = (config.num_layers * f(config, context) for f in (decode_bytes, decode_flop))
+            moved, flop = _all_layers(config, decode(config, context))
             cells += [f"{moved / 1e6:.1f}", f"{flop / 1e6:.1f}", f"{flop / moved:.2f}", f"{floor_us(moved, flop):.1f}"]
-            moved, flop = (config.num_layers * f(config, context) for f in (prefill_bytes, prefill_flop))
+            moved, flop = _all_layers(config, prefill(config, context))
             cells += [f"{moved / 1e6:.1f}", f"{flop / 1e9:.1f}", f"{flop / moved:.0f}", f"{floor_us(moved, flop):.1f}"]
             rows.append(cells)
     return markdown(head, rows, left=2)
+
+
+def _all_layers(config: Model, layer: Cost) -> tuple[int, int]:
+    """(bytes, operations)."""
+    return config.num_layers * layer.bytes, config.num_layers * layer.flop
 
 
 def _shape(config: Model) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Every RMSNorm and the linear layer behind it: shapes, bytes, operations and the least time they take.
 
-Counted is what must pass between a kernel and memory if each kernel reads each input and writes each output once.
+Counted is what must pass between a kernel and memory if each kernel reads each input and writes each output once
+(`harness.roofline.costs`).
 Two kernels, as nano runs them: the norm reads x and the residual, writes their sum and the normalised rows; the product
 reads those and the matrix, and writes y. One kernel reads x, the residual and the matrix, and writes the sum and y.
 """
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.roofline.costs import Cost, Load, cost
 from scripts.tables.registry import markdown, table
-from scripts.tables.sources import ELEMENT_BYTES, GPU, MODELS, Model, floor_us
+from scripts.tables.sources import GPU, MODELS, Model, floor_us
 from scripts.tables.sources import model as shapes_of
 
 ROWS = (1, 32, 256, 1024, 4096)
@@ -20,58 +22,56 @@ HEAD_ROWS = 256
 
 @dataclass(frozen=True)
 class Pair:
-    """One norm and linear layer on `rows` rows: weight [out, hidden]."""
+    """One norm and the linear layer behind it, on `rows` rows."""
 
-    name: str
-    out: int
-    hidden: int
+    config: Model
+    norm: str
+    linear: str
     rows: int
 
     @property
-    def weight_bytes(self) -> int:
-        return self.out * self.hidden * ELEMENT_BYTES
+    def name(self) -> str:
+        return f"{self.norm} + {self.linear}"
 
     @property
-    def unfused_bytes(self) -> int:
-        """Activations with two kernels: x, residual, sum, normalised rows twice, y."""
-        return (5 * self.hidden + self.out) * self.rows * ELEMENT_BYTES
+    def weight_shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.config.matrices[self.linear]
 
     @property
-    def fused_bytes(self) -> int:
-        """Activations with one kernel: x, residual, sum, y."""
-        return (3 * self.hidden + self.out) * self.rows * ELEMENT_BYTES
+    def one(self) -> Cost:
+        """With one kernel: x, residual, sum, y."""
+        return cost(self.config, f"{self.norm}+{self.linear}", self._load)
+
+    @property
+    def two(self) -> Cost:
+        """With two kernels: x, residual, sum, normalised rows twice, y."""
+        return cost(self.config, self.norm, self._load) + cost(self.config, self.linear, self._load)
+
+    @property
+    def _load(self) -> Load:
+        """As many sequences as rows: the head sees one row of each."""
+        return Load(self.rows, self.rows, 0)
 
     @property
     def saved_bytes(self) -> int:
-        return self.unfused_bytes - self.fused_bytes
+        return self.two.bytes - self.one.bytes
 
     @property
     def saved_share(self) -> float:
         """Of all bytes that two kernels move, the matrix included."""
-        return self.saved_bytes / (self.unfused_bytes + self.weight_bytes)
-
-    @property
-    def flop(self) -> int:
-        """Of the product; the norm's few per element are left out."""
-        return 2 * self.rows * self.out * self.hidden
-
-    @property
-    def moved_bytes(self) -> int:
-        return self.weight_bytes + self.fused_bytes
+        return self.saved_bytes / self.two.bytes
 
     @property
     def floor_us(self) -> float:
-        return floor_us(self.moved_bytes, self.flop)
+        return floor_us(self.one.bytes, self.one.flop)
 
 
 def pairs_of(config: Model, rows: int) -> list[Pair]:
     """The two pairs of a layer; up to `HEAD_ROWS` rows also the final norm and the head."""
-    found = [
-        Pair("input_norm + qkv_proj", config.qkv_rows, config.hidden_size, rows),
-        Pair("post_norm + gate_up_proj", 2 * config.intermediate_size, config.hidden_size, rows),
-    ]
+    found = [Pair(config, "input_norm", "qkv_proj", rows), Pair(config, "post_norm", "gate_up_proj", rows)]
     if rows <= HEAD_ROWS:
-        found.append(Pair("final_norm + lm_head", config.vocab_size, config.hidden_size, rows))
+        found.append(Pair(config, "final_norm", "lm_head", rows))
     return found
 
 
@@ -98,26 +98,32 @@ def pairs_by_model() -> str:
             by_name.setdefault(pair.name, {})[pair.rows] = pair
         for pair_name, sizes in by_name.items():
             one = sizes[ROWS[0]]
-            weight = f"{one.out} × {one.hidden}<br>{one.weight_bytes / 1e6:.2f} MB"
+            weight = f"{_weight(one)}<br>{one.one.weight_bytes / 1e6:.2f} MB"
             rows.append([name, pair_name, weight, *(_cell(sizes[n]) if n in sizes else "" for n in ROWS)])
     return markdown(["model", "pair", "weight", *(f"rows: {n}" for n in ROWS)], rows, left=3)
 
 
+def _weight(pair: Pair) -> str:
+    out, inside = pair.weight_shape
+    return f"{out} × {inside}"
+
+
 def _row(pair: Pair) -> list[str]:
+    one, two = pair.one, pair.two
     return [
-        pair.name, f"{pair.out} × {pair.hidden}", str(pair.rows), f"{pair.weight_bytes / 1e6:.2f}",
-        f"{pair.unfused_bytes / 1e6:.3f}", f"{pair.fused_bytes / 1e6:.3f}", f"{pair.saved_bytes / 1e6:.3f}",
-        f"{pair.saved_share:.1%}", f"{pair.flop / 1e9:.3f}", f"{pair.flop / pair.moved_bytes:.1f}",
-        f"{pair.floor_us:.1f}",
+        pair.name, _weight(pair), str(pair.rows), f"{one.weight_bytes / 1e6:.2f}",
+        f"{two.activation_bytes / 1e6:.3f}", f"{one.activation_bytes / 1e6:.3f}", f"{pair.saved_bytes / 1e6:.3f}",
+        f"{pair.saved_share:.1%}", f"{one.flop / 1e9:.3f}", f"{one.flop / one.bytes:.1f}", f"{pair.floor_us:.1f}",
     ]  # fmt: skip
 
 
 def _cell(pair: Pair) -> str:
+    one, two = pair.one, pair.two
     lines = [
-        f"{pair.unfused_bytes / 1e6:.3f} → {pair.fused_bytes / 1e6:.3f} MB",
+        f"{two.activation_bytes / 1e6:.3f} → {one.activation_bytes / 1e6:.3f} MB",
         f"−{pair.saved_bytes / 1e6:.3f} MB ({pair.saved_share:.1%})",
-        f"{pair.flop / 1e9:.3f} GFLOP",
-        f"{pair.flop / pair.moved_bytes:.1f} FLOP/B",
+        f"{one.flop / 1e9:.3f} GFLOP",
+        f"{one.flop / one.bytes:.1f} FLOP/B",
         f"{pair.floor_us:.1f} µs",
     ]
     return "<br>".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ import yaml
 
 from engines.base import InputError
 from harness.results import Runs, load
+from harness.roofline.costs import Shapes as Model
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "results/reference/h200"
 MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen2.5-1.5b", "llama-3.2-1b")
 """The published models of conf/model, in the order of the tables."""
 
-ELEMENT_BYTES = 2
-"""bfloat16."""
 GPU = "H200's datasheet: 4.8 TB/s, 989 TFLOP/s dense bfloat16"
 BYTES_PER_S = 4.8e12
 FLOP_PER_S = 989e12
@@ -30,43 +28,13 @@ def floor_us(moved_bytes: float, flop: float) -> float:
     return max(moved_bytes / BYTES_PER_S, flop / FLOP_PER_S) * 1e6
 
 
-@dataclass(frozen=True)
-class Model:
-    """The shapes of a model, named as in conf/model."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-
-    @property
-    def qkv_rows(self) -> int:
-        """Rows of the joint query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-    @property
-    def layer_weight_bytes(self) -> int:
-        """Bytes of one layer's matrices; its norms and biases, some kilobytes, are left out."""
-        attention = (self.qkv_rows + self.num_heads * self.head_dim) * self.hidden_size
-        return (attention + 3 * self.intermediate_size * self.hidden_size) * ELEMENT_BYTES
-
-    @property
-    def layer_token_bytes(self) -> int:
-        """Bytes that one layer's cache holds per token: a key and a value of each key/value head."""
-        return 2 * self.num_kv_heads * self.head_dim * ELEMENT_BYTES
-
-
 @cache
 def model(name: str) -> Model:
-    """The shapes in conf/model/<name>.yaml."""
+    """The shapes in conf/model/<name>.yaml, in bfloat16."""
     path = ROOT / "conf" / "model" / f"{name}.yaml"
     if not path.is_file():
         raise InputError(f"There is no model {name} in conf/model.")
-    raw = yaml.safe_load(path.read_text())
-    return Model(**{field.name: raw[field.name] for field in fields(Model)})
+    return Model.of(yaml.safe_load(path.read_text()))
 
 
 @cache
@@ -81,6 +49,11 @@ def run_of(found: Runs, engine: str, workload: str = "latency") -> dict[str, Any
         if (run["engine"], run["workload"]) == (engine, workload):
             return run
     raise InputError(f"There is no {workload} run of engine {engine} among these runs.")
+
+
+def run_of_folder(folder: Path, engine: str) -> dict[str, Any]:
+    """The first run of an engine below `folder`."""
+    return next(run for run in load(folder).runs if run["engine"] == engine)
 
 
 def rows_of(frame: pd.DataFrame, run: dict[str, Any]) -> pd.DataFrame:

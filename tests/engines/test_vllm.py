@@ -210,7 +210,8 @@ def cpu_schedules_ahead(monkeypatch):
 
 def serving(arm, **engine_args):
     """An engine that serves in `arm`, without compiling, which takes long."""
-    options = {"arm": "eager", "serve_arm": arm, "engine_args": {"enforce_eager": True, **engine_args}}
+    settings = {"enforce_eager": True, "disable_log_stats": False} | engine_args
+    options = {"arm": "eager", "serve_arm": arm, "engine_args": settings}
     return VLLM(config(options=options))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,10 +23,10 @@ from harness.compare.comparison import Comparison, read
 from harness.compare.contestants import Contestant, contestants
 from harness.compare.ratios import paired_ratio
 from harness.compare.table import rows
-from harness.compare.worker import Answer
+from harness.compare.worker import Answer, Order, Worker
 from harness.progress import Reporter
 from harness.results import RunWriter, load
-from tests.harness.failing_engine import WORKS_FOR
+from harness.slim import slim_comparison
 
 SMALL = [
     "model=tiny", "workload=tpot", "device=cpu", "weights=random", "workload.cpu_prefill=[[2,8]]",
@@ -63,6 +64,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_although_both_engines
     assert 0.935 <= covered / 2000 <= 0.965
 
 
+@pytest.mark.parametrize(("launches", "covers"), [(1, False), (4, True)])
+def test_what_differs_between_starts_is_seen_from_three_launches_on(launches: int, covers: bool) -> None:
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(1000):
+        number = np.repeat(np.arange(launches), 8)
+        of_start = rng.normal(0, 0.01, launches)[number]
+        ratio = 1.02 * np.exp(of_start + rng.normal(0, 0.005, len(number)))
+        found = paired_ratio(list(ratio), [1.0] * len(ratio), number.tolist())
+        assert found.over_launches == covers
+        covered += found.low <= 1.02 <= found.high
+    # Binomial(1000, 0.95) leaves 0.93 to 0.97 in one of 300 tries.
+    assert (0.93 <= covered / 1000 <= 0.97) == covers
+
+
 def test_one_pair_proves_nothing() -> None:
     assert paired_ratio([2.0], [1.0]).verdict(higher_is_better=False) == "even"
 
@@ -85,10 +101,10 @@ def test_contestants_share_everything_but_their_own_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"), [([], "names no engine"), (["nano", "nano"], "twice"), (["nanno"], "nanno")]
+    ("labels", "said"), [([], "names no engine"), (["nano", "nano"], "twice"), (["nanno"], "no engine 'nanno'")]
 )
 def test_wrong_engines_are_a_sentence(labels, said) -> None:
-    with pytest.raises(Exception, match=said):
+    with pytest.raises(InputError, match=said):
         contestants(labels, SMALL)
 
 
@@ -133,7 +149,13 @@ def test_rounds_go_there_and_back_again(tmp_path, monkeypatch) -> None:
     warm_ups = [label for label, _, warm_up in Recorder.log if warm_up]
     turns = [(number, label) for label, number, warm_up in Recorder.log if not warm_up]
     assert warm_ups == ["A", "B", "C"]
-    assert turns == [(0, "A"), (0, "B"), (0, "C"), (1, "C"), (1, "B"), (1, "A"), (2, "A"), (2, "B"), (2, "C")]
+    assert turns == [(0, "A"), (0, "B"), (0, "C"), (1, "C"), (1, "B"), (1, "A"), (2, "B"), (2, "C"), (2, "A")]
+
+
+def test_each_is_first_last_and_between_the_others_equally_often() -> None:
+    orders = [comparison_module.turns(["A", "B", "C"], number) for number in range(6)]
+    for place in range(3):
+        assert sorted(order[place] for order in orders) == ["A", "A", "B", "B", "C", "C"]
 
 
 # --- rows ---
@@ -193,9 +215,21 @@ def died(tmp_path_factory):
 def test_the_others_finish_when_one_dies(died) -> None:
     comparison, (row,), _ = died
     assert row.cells["nano"].spread.rounds == 4
-    assert row.cells["dies"].spread.rounds == WORKS_FOR - 2  # two were warm-ups
+    assert row.cells["dies"].spread.rounds == 2
     assert "exit code 3" in row.cells["dies"].reason
     assert "exit code 3" in comparison.reasons["dies"]
+
+
+def test_one_that_ends_between_its_turns_is_out_and_no_more(tmp_path) -> None:
+    (nano,) = contestants(["nano"], SMALL)
+    worker = Worker(nano.config, tmp_path / "nano", "nano")
+    assert worker.wait_ready()
+    os.kill(worker._process.pid, signal.SIGKILL)
+    worker._process.join()
+    order = Order(0, 0, 0, 0.0)
+    assert worker.measure(order).kind == worker.measure(order).kind == "dead"
+    assert "exit code -9" in worker.reason
+    worker.close()
 
 
 def test_a_second_start_measures_nothing_again(died, monkeypatch) -> None:
@@ -205,6 +239,17 @@ def test_a_second_start_measures_nothing_again(died, monkeypatch) -> None:
     assert again.run() == before
     assert json.loads((folder / "comparison.json").read_text())["status"] == "ok"
     assert read(folder)[1][0].cells["nano"] == before[0].cells["nano"]
+
+
+def test_a_comparison_made_small_says_the_same(died, tmp_path) -> None:
+    _, (before,), folder = died
+    slim_comparison(folder, tmp_path / "small", 5)
+    record, (after,) = read(tmp_path / "small")
+    assert "exit code 3" in record["reasons"]["dies"]
+    assert after.cells["nano"].spread.median == pytest.approx(before.cells["nano"].spread.median, abs=1e-3)
+    assert after.cells["dies"].spread.rounds == before.cells["dies"].spread.rounds
+    with pytest.raises(InputError, match="no comparison"):
+        slim_comparison(tmp_path, tmp_path / "other", 5)
 
 
 def test_other_settings_do_not_mix_with_what_is_there(died) -> None:

@@ -243,6 +243,20 @@ def test_damage_is_named(tmp_path: Path, file: str, damage: Any, what: str) -> N
     assert str(folder if what.endswith("json") else folder / file) in str(error.value)
 
 
+def test_a_column_that_may_be_null_reads_as_null_from_before_it_was_there(tmp_path: Path) -> None:
+    old, new = _write(tmp_path / "old", "old"), _write(tmp_path / "new", "new")
+    _rewrite(old / "requests.parquet", lambda t: t.drop_columns("rate"))
+    writer = RunWriter(tmp_path / "served", "served")
+    writer.add_requests([{**_request(), "rate": 4.0}])
+    writer.flush()
+    runs = load(tmp_path)
+    assert runs.requests.set_index("run_id")["rate"].isna().to_dict() == {"old": True, "new": True, "served": False}
+    assert runs.requests["rate"].dtype == np.float64 and runs.requests["rate"].sum() == 4.0
+    pd.testing.assert_frame_equal(load(old).requests.drop(columns="run_id"), load(new).requests.drop(columns="run_id"))
+    slim(old, tmp_path / "small", max_iterations=5)
+    assert "rate" in pq.read_schema(tmp_path / "small" / "requests.parquet").names
+
+
 def test_missing_tables_are_empty_ones(tmp_path: Path) -> None:
     folder = _write(tmp_path / "run")
     (folder / "requests.parquet").unlink()

@@ -10,13 +10,14 @@ from engines.base import Request, RequestResult, SamplingParams
 from harness import rounds
 from harness.config import compose
 from harness.limits import Work
-from harness.rounds import Blocks, items
+from harness.rounds import BlockFailed, Blocks, items
 from harness.workloads import Prompts
 
 
 class Clocked:
     """Takes 7 ms for prompts and 2 ms for each further token of the longest request."""
 
+    name, arm = "clocked", "default"
     PROMPT_S, TOKEN_S = 0.007, 0.002
 
     def __init__(self, short_of: int = 0) -> None:
@@ -47,7 +48,7 @@ def _work(*overrides: str) -> Work:
 def test_tpot_is_a_call_less_its_first_token(clocked) -> None:
     prefill, *_, decode = items(_work("workload=tpot"))
     blocks = Blocks(clocked, Prompts(100, 0), 0.6, [])
-    assert blocks.measure(prefill) == pytest.approx([7.0])
+    assert blocks.measure(prefill) == pytest.approx([7.0] * 5)
     assert blocks.measure(decode) == pytest.approx([2.0])
     assert (decode.work.batch_size, decode.work.prompt_len, decode.work.output_len) == (256, 128, 129)
     assert decode.key == {
@@ -74,12 +75,22 @@ def test_no_prompt_comes_twice_and_every_engine_gets_the_same(clocked) -> None:
             blocks.measure(item)
         seen.append(clocked.prompts)
     assert seen[0] == seen[1]
-    assert len(set(seen[0])) == len(seen[0]) == 1 + 4 * 256
+    assert len(set(seen[0])) == len(seen[0]) == 6 + 4 * 256
 
 
 def test_tokens_that_did_not_come_make_no_value(monkeypatch) -> None:
     engine = Clocked(short_of=1)
     monkeypatch.setattr(rounds, "time", SimpleNamespace(perf_counter=lambda: engine.now_s))
     *_, decode = items(_work("workload=tpot"))
-    with pytest.raises(RuntimeError, match="256 tokens too few"):
-        Blocks(engine, Prompts(100, 0), 0.6, []).measure(decode)
+    blocks = Blocks(engine, Prompts(100, 0), 0.6, [])
+    with pytest.raises(BlockFailed, match="256 tokens too few"):
+        blocks.measure(decode)
+    row = blocks.row(decode, 0, 3, 1.5)
+    assert (row["value"], row["samples"], row["round"], row["status"]) == (None, 0, 3, "256 tokens too few came back.")
+
+
+def test_a_tpot_below_nothing_is_no_value(clocked) -> None:
+    clocked.TOKEN_S = 0.0
+    *_, decode = items(_work("workload=tpot"))
+    with pytest.raises(BlockFailed, match="no longer than one"):
+        Blocks(clocked, Prompts(100, 0), 0.6, []).measure(decode)

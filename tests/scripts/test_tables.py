@@ -1,5 +1,6 @@
 """What the tables' functions compute, on cases small enough to do by hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from engines.base import InputError, Request, SamplingParams
 from engines.nano.graphs import DecodeBuffers
 from engines.nano.sequence import Sequence
 from harness.results import RunWriter
-from scripts.tables import attention, blocks, cache, engines, pairs, traces
+from scripts.tables import attention, baseline, blocks, cache, comparison, engines, pairs, traces
 from scripts.tables.sources import MODELS, Model, floor_us, model, runs
 
 # 3 query heads on 1 key/value head of 4; qkv rows (3 + 2) × 4 = 20
@@ -42,20 +43,20 @@ def test_layer_bytes() -> None:
 
 
 def test_a_pair_by_hand() -> None:
-    pair = pairs.Pair("norm + linear", out=6, hidden=4, rows=2)
-    x = residual = total = normalised = torch.empty(2, 4, dtype=torch.bfloat16).nbytes  # 16 bytes
-    y = torch.empty(2, 6, dtype=torch.bfloat16).nbytes  # 24
-    assert pair.weight_bytes == 48
-    assert pair.unfused_bytes == (x + residual + total + normalised) + (normalised + y) == 104
-    assert pair.fused_bytes == x + residual + total + y == 72
-    assert pair.saved_bytes == 32
-    assert pair.saved_share == pytest.approx(32 / 152)
-    assert pair.flop == 96  # 2 × 6 outputs of 4 multiplications and 4 additions
-    assert pair.moved_bytes == 120
+    pair = pairs.Pair(SMALL, "input_norm", "qkv_proj", rows=2)
+    x = residual = total = normalised = torch.empty(2, 8, dtype=torch.bfloat16).nbytes  # 32 bytes
+    y = torch.empty(2, 20, dtype=torch.bfloat16).nbytes  # 80
+    assert pair.weight_shape == (20, 8) and pair.one.weight_bytes == 320
+    assert pair.two.activation_bytes == (x + residual + total + normalised) + (normalised + y) == 240
+    assert pair.one.activation_bytes == x + residual + total + y == 176
+    assert pair.saved_bytes == 64
+    assert pair.saved_share == pytest.approx(64 / 560)
+    assert pair.one.flop == 640  # 2 × 20 outputs of 8 multiplications and 8 additions
+    assert pair.one.bytes == 496
 
 
 def test_pairs_of_a_model() -> None:
-    found = {pair.name: (pair.out, pair.hidden, pair.rows) for pair in pairs.pairs_of(SMALL, 3)}
+    found = {pair.name: (*pair.weight_shape, pair.rows) for pair in pairs.pairs_of(SMALL, 3)}
     assert found == {
         "input_norm + qkv_proj": (20, 8, 3),
         "post_norm + gate_up_proj": (20, 8, 3),
@@ -97,16 +98,16 @@ def test_attention_counts_each_score_once() -> None:
             for _key in range(query + 1):
                 flop += 2 * SMALL.head_dim  # score
                 flop += 2 * SMALL.head_dim  # weighted sum
-    assert attention.prefill_flop(SMALL, tokens) == flop
-    assert attention.decode_flop(SMALL, tokens) == 2 * 2 * 4 * 3 * 7
+    assert attention.prefill(SMALL, tokens).flop == flop
+    assert attention.decode(SMALL, tokens).flop == 2 * 2 * 4 * 3 * 7
 
 
 def test_attention_bytes_are_its_tensors() -> None:
     def size(*shape: int) -> int:
         return torch.empty(*shape, dtype=torch.bfloat16).nbytes
 
-    assert attention.decode_bytes(SMALL, 7) == 2 * size(3, 4) + 2 * size(7, 1, 4)
-    assert attention.prefill_bytes(SMALL, 7) == 2 * size(7, 3, 4) + 2 * size(7, 1, 4)
+    assert attention.decode(SMALL, 7).bytes == 2 * size(3, 4) + 2 * size(7, 1, 4)
+    assert attention.prefill(SMALL, 7).bytes == 2 * size(7, 3, 4) + 2 * size(7, 1, 4)
 
 
 def test_attention_table_counts_all_layers() -> None:
@@ -299,3 +300,62 @@ def test_the_committed_graph_traces_close() -> None:
     for shape, layers in traces.traced_decodes(runs("results/reference/h200"), "nano"):
         rest = 1 - sum(traces.graph_parts(layers).values()) / shape["graph"]["wall_us"]
         assert 0 <= rest < 0.5
+
+
+# --- comparisons and baselines ---
+
+
+def _block(label: str, number: int, value: float) -> dict[str, Any]:
+    return {
+        "engine": label, "arm": "default", "metric": "tpot_ms", "phase": "decode", "batch_size": 8, "tokens": 128,
+        "output_len": 129, "launch": 0, "round": number, "started_s": float(number), "samples": 1, "value": value,
+        "status": "ok",
+    }  # fmt: skip
+
+
+def test_a_comparison_by_hand(tmp_path: Path) -> None:
+    for label, values in (("A", (1.0, 2.0, 4.0)), ("B", (2.0, 4.0, 8.0))):
+        writer = RunWriter(tmp_path / "launch-0" / label, label)
+        writer.add_rounds(_block(label, number, value) for number, value in enumerate(values))
+        writer.flush()
+        provenance = {"gpu": {"name": "Toy"}, "versions": {"torch": "1", "triton": "2"}}
+        writer.write_run(
+            {"engine": label, "dtype": "float16", "weights": {"source": "local"}, "provenance": provenance}
+        )
+    settings = {"engines": ["A", "B", "C"], "baseline": "A", "rounds": 3, "model": {"name": "small"}}
+    record = {"settings": settings, "reasons": {"C": "it has no legs"}, "launches": 1}
+    (tmp_path / "comparison.json").write_text(json.dumps(record))
+    made = comparison.comparison(str(tmp_path))
+    assert cells(made)[0] == [
+        "decode, batch 8, prompt 128, TPOT ms", "2.00 (1.00 to 4.00)", "4.00 (2.00 to 8.00), 2.00× (2.00 to 2.00)"
+    ]  # fmt: skip
+    assert "ratios to A are" in made
+    assert "One Toy, small, float16, local weights" in made
+    assert "C took no part: it has no legs" in made
+
+
+def test_memory_that_batches_need() -> None:
+    rows = {row[0]: row[1:] for row in cells(baseline.memory_need("qwen3-0.6b"))}
+    # 15,728,640 elements in each of 28 layers, 151,936 × 1,024 in the tied head; 114,688 bytes per token
+    weights = (28 * 15_728_640 + 151_936 * 1024) * 2
+    for batch, length, place in ((1, 128, 0), (256, 4096, 4)):
+        tokens = batch * max(length, 256)  # whole blocks
+        assert rows[str(batch)][place] == f"{(weights + tokens * 114_688) / 2**30:.2f}"
+
+
+def test_layer_times_are_medians_over_iterations_then_layers(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", "run")
+    key = {
+        "engine": "nano", "arm": "default", "phase": "decode", "batch_size": 2, "new_tokens": 2, "context_len": 16,
+        "mode": "graph", "source": "cuda_event", "block": "layer", "op": "layer", "kernels": "", "start_us": 0.0,
+    }  # fmt: skip
+    times = {0: (10.0, 11.0, 90.0), 1: (20.0, 21.0, 22.0), 2: (30.0, 31.0, 32.0)}
+    writer.add_layers(
+        {**key, "layer_index": layer, "iteration": i, "latency_us": us}
+        for layer, each in times.items()
+        for i, us in enumerate(each)
+    )
+    writer.flush()
+    shape = {"phase": "decode", "batch_size": 2, "tokens": 16}
+    writer.write_run({"engine": "nano", "workload": "latency", "shapes": [shape]})
+    assert cells(baseline.layer_times(str(tmp_path), "nano")) == [["2", "16", "21.0 (11.0 to 31.0)"]]

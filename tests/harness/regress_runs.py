@@ -1,0 +1,98 @@
+"""Runs for the tests of harness.regress: folders with chosen samples, and samples drawn from recorded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from harness.results import RunWriter, load
+from harness.schema import STEPS
+
+Shape = tuple[str, int, int]
+"""Phase, batch size, tokens."""
+REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "h200"
+DECODE: Shape = ("decode", 8, 128)
+
+
+def step_rows(shape: Shape, samples_us: Sequence[float] | NDArray[np.float64], engine: str = "nano") -> pd.DataFrame:
+    phase, batch_size, tokens = shape
+    new_tokens, context_len = (batch_size * tokens, 0) if phase == "prefill" else (batch_size, tokens)
+    place = {"engine": engine, "arm": "default", "phase": phase, "batch_size": batch_size, "new_tokens": new_tokens,
+             "context_len": context_len, "mode": "graph", "source": "host", "instrumented": False, "gpu_us": None,
+             "host_us": None, "status": "ok"}  # fmt: skip
+    samples = np.asarray(samples_us, dtype=np.float64)
+    return pd.DataFrame({"iteration": np.arange(len(samples)), "wall_us": samples}).assign(**place)
+
+
+def round_row(number: int, value: float | None, metric: str = "tpot_ms", **changed: Any) -> dict:
+    return {
+        "engine": "nano", "arm": "default", "metric": metric, "phase": "decode", "batch_size": 8, "tokens": 128,
+        "output_len": 129, "launch": 0, "round": number, "started_s": float(number), "samples": 1, "value": value,
+        "status": "ok", **changed,
+    }  # fmt: skip
+
+
+def record(**changed: Any) -> dict[str, Any]:
+    return {
+        "status": "ok", "engine": "nano", "arm": "default", "model": "qwen3-0.6b", "workload": "latency",
+        "device": "cuda", "dtype": "bfloat16", "verification": {"status": "passed"},
+        "provenance": {"versions": {"torch": "2.11.0"}, "gpu": {"name": "NVIDIA H200", "driver": "580"}},
+        **changed,
+    }  # fmt: skip
+
+
+def write(
+    folder: Path, steps: Mapping[Shape, Sequence[float] | NDArray[np.float64]] | None = None,
+    rounds: Sequence[Mapping[str, Any]] = (), **changed: Any,
+) -> Path:  # fmt: skip
+    """A run in `folder`, whose id is the folder's last two names."""
+    run_id = "-".join(folder.parts[-2:])
+    writer = RunWriter(folder, run_id)
+    run = record(**changed)
+    writer.add_rounds(rounds)
+    writer.flush()
+    writer.write_run(run)
+    if steps:  # as a whole: row by row, a thousand runs would take minutes
+        frame = pd.concat([step_rows(shape, samples, run["engine"]) for shape, samples in steps.items()])
+        table = pa.Table.from_pandas(frame.assign(run_id=run_id), schema=STEPS, preserve_index=False)
+        pq.write_table(table.replace_schema_metadata(STEPS.metadata), folder / "steps.parquet")
+    return folder
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recorded step times of one shape in us, in the order in which they were taken, of a launch that took `count`."""
+
+    samples: NDArray[np.float64]
+    count: int
+
+    def launch(self, rng: np.random.Generator, noise: float, slowdown: float = 0.0) -> NDArray[np.float64]:
+        """Another launch of as many steps: blocks of neighbours drawn from the samples, all of them off by one draw of
+        launch noise (standard deviation of the logarithm) and slower by the share `slowdown`."""
+        n = len(self.samples)
+        block = int(np.ceil(n ** (1 / 3)))
+        starts = rng.integers(n, size=-(-self.count // block))
+        index = (starts[:, None] + np.arange(block)) % n
+        return self.samples[index.ravel()[: self.count]] * np.exp(rng.normal(0, noise)) * (1 + slowdown)
+
+
+@cache
+def recorded(engine: str = "fused") -> dict[Shape, Recorded]:
+    """What the committed `latency` run holds, which keeps some of the steps of each launch."""
+    runs = load(REFERENCE / f"{engine}-qwen3-0.6b-latency")
+    counts = {(s["phase"], s["batch_size"], s["tokens"]): s["timed"]["samples"] for s in runs.runs[0]["shapes"]}
+    steps = runs.steps[~runs.steps["instrumented"] & (runs.steps["status"] == "ok")]
+    found = {}
+    for (phase, batch, new, context), group in steps.groupby(["phase", "batch_size", "new_tokens", "context_len"]):
+        shape = (phase, batch, new // batch if phase == "prefill" else context)
+        found[shape] = Recorded(group.sort_values("iteration")["wall_us"].to_numpy(), counts[shape])
+    return found
