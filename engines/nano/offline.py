@@ -89,6 +89,7 @@ class OfflineCalls:
     add: Callable[[Request], NanoSequence]
     advance: Callable[[], None]
     abort: Callable[[Iterable[str]], None]
+    streamed: set[str]  # ids of the requests of streams; an abort takes them out
     _ids = count()
 
     def generate(
@@ -131,6 +132,8 @@ class OfflineCalls:
         return self._stream(self._requests(prompts, sampling_params))
 
     def _stream(self, asked: list[tuple[str | None, Request]]) -> Iterator[StreamOutput]:
+        ids = {request.request_id for _, request in asked}
+        self.streamed |= ids
         try:
             live = [
                 _Growing(index, prompt, list(request.prompt_token_ids), self.add(request), TextStream(self._text))
@@ -140,11 +143,11 @@ class OfflineCalls:
                 if not any(growing.behind for growing in live):  # another loop may have run the engine meanwhile
                     self.advance()
                 for growing in live:
-                    while growing.behind:
+                    while growing.behind and growing.sequence.request_id in self.streamed:
                         yield growing.next_output()
-                live = [growing for growing in live if growing.behind or not growing.sequence.finish_reason]
+                live = [growing for growing in live if growing.open and growing.sequence.request_id in self.streamed]
         finally:
-            self.abort(request.request_id for _, request in asked)
+            self.abort(ids)
 
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -206,10 +209,14 @@ class _Growing:
     def behind(self) -> bool:
         return self.given < self.sequence.num_output
 
+    @property
+    def open(self) -> bool:
+        return self.behind or not self.sequence.finish_reason
+
     def next_output(self) -> StreamOutput:
         sequence = self.sequence
-        tokens = sequence.output_token_ids[: self.given + 1]
         self.given += 1
+        tokens = sequence.token_ids[sequence.num_prompt : sequence.num_prompt + self.given]
         delta = self.text.push(tokens[-1])
         finish_reason = None if self.behind else sequence.finish_reason or None
         if finish_reason:

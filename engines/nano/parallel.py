@@ -2,7 +2,7 @@
 
 Rank 0 is the process the engine was made in: it schedules and samples. It sends each step's inputs, as numpy arrays,
 down a pipe to the followers, and then all compute the step, meeting in the layers of `layers/parallel.py` over NCCL
-(gloo without GPUs). A follower lives as long as rank 0 holds the pipe's other end.
+(gloo without GPUs). A follower lives until rank 0 ends it, or ends itself.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Thread
@@ -31,12 +31,15 @@ from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from engines.nano.utils import compile as compilation
 
+END = signal.SIGUSR1
+"""What ends followers; nobody else's signal, so that exit codes tell which of them had ended before."""
+
 GRACE_S = 10.0
-"""How long a follower may take to end by itself, and to be seen as ended once it no longer answers."""
+"""How long a follower may take to end then; a process that was stopped takes for ever."""
 
 
 class RankLost(RuntimeError):
-    """The process of another rank ended; the engine can only be closed."""
+    """A rank failed, and all were ended; the engine can only be closed."""
 
 
 class ParallelRunner(ModelRunner):
@@ -64,34 +67,19 @@ class ParallelRunner(ModelRunner):
 
 
 class LeadingRunner(ParallelRunner):
-    """Rank 0. A step that cannot end because a follower did raises `RankLost`."""
+    """Rank 0. What fails on one rank, this one included, ends all: see `Followers.together`."""
 
     def __init__(self, config: EngineConfig, options: Options, prepare: Callable[[ModelRunner], None]) -> None:
         check(config, options)
         self.serving = False  # until the engine is complete, followers know by themselves what comes next
         self.followers = Followers(config, options)
-        try:
+        with self.followers.together():
             super().__init__(config, options, prepare, 0, self.followers.meeting)
-        except BaseException as error:
-            own = isinstance(error, RankLost) or not isinstance(error, RuntimeError)
-            lost = None if own else self.followers.lost(GRACE_S)
-            self.followers.end(at_once=True)
-            if lost is None:
-                raise
-            raise lost from error
         self.serving = True
 
     def run(self, sequences: list[Sequence], is_prefill: bool) -> list[int]:
-        try:
-            tokens = super().run(sequences, is_prefill)
-        except (RuntimeError, OSError) as error:
-            lost = self.followers.lost(GRACE_S)
-            if lost is None:
-                raise
-            raise lost from error
-        if self.followers.broken:  # what came back is not what the model says
-            raise self.followers.lost(GRACE_S) or RankLost("A rank was lost.")
-        return tokens
+        with self.followers.together():
+            return super().run(sequences, is_prefill)
 
     def close(self) -> None:
         super().close()  # graphs first: they use the communicator
@@ -121,20 +109,16 @@ class FollowingRunner(ParallelRunner):
 
     @torch.inference_mode()
     def follow(self) -> None:
-        """Returns when rank 0 closes the pipe."""
+        """Until this process is ended."""
         while True:
-            try:
-                step = self.leader.recv()
-            except EOFError:
-                return
-            match step:
+            match self.leader.recv():
                 case ("prefill", inputs):
                     self._prefill(inputs)
                 case ("decode", numbers, tables, longest):
                     self._decode(self.buffers.take(numbers, tables), longest)
 
     def _meet(self) -> None:
-        self.leader.send("")  # loaded, no error
+        self.leader.send("loaded")
         super()._meet()
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
@@ -147,6 +131,7 @@ class Followers:
     def __init__(self, config: EngineConfig, options: Options) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="nano-ranks-")
         self.meeting = str(Path(self.folder.name, "meeting"))
+        self.lost = ""  # why the ranks were ended
         self.broken = self.ended = False
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -160,51 +145,65 @@ class Followers:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
-            Thread(target=self._watch, args=(process,), daemon=True).start()
+        Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all ranks do at once. They would wait for ever for one that failed, so an error ends them all.
+
+        Raises `RankLost` if a follower failed, and whenever this is entered again; rank 0's own error as it is.
+        """
+        if self.lost:
+            raise RankLost(f"The engine can only be closed. {self.lost}")
+        try:
+            yield
+            if self.broken:
+                raise RankLost("What was computed without a follower is not what the model says.")
+        except BaseException as error:
+            failures = self.end()
+            self.lost = failures or f"rank 0 failed: {error!r}"
+            own = isinstance(error, InputError | torch.OutOfMemoryError | KeyboardInterrupt)  # maybe all ranks have it
+            if failures and not own:
+                raise RankLost(failures) from error
+            raise
+
+    def await_loaded(self) -> None:
+        """Returns when every follower has loaded its share of the model; EOFError if one ends before."""
+        for pipe in self.pipes:
+            pipe.recv()
 
     def send(self, *step: Any) -> None:
         for pipe in self.pipes:
             pipe.send(step)
 
-    def await_loaded(self) -> None:
-        """Returns when every follower has loaded its share of the model; RankLost if one fails."""
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            wait([pipe, process.sentinel])
-            told = _told(pipe)
-            if told != "":
-                raise _loss({process: told})
-
-    def lost(self, timeout_s: float) -> RankLost | None:
-        """What became of the followers that ended, waiting for the first up to `timeout_s`; None if all live."""
-        wait([process.sentinel for process in self.processes], timeout_s)
-        pairs = zip(self.pipes, self.processes, strict=True)
-        ended = {process: _told(pipe) for pipe, process in pairs if not process.is_alive()}
-        self.broken = self.broken or bool(ended)
-        return _loss(ended) if ended else None
-
-    def end(self, at_once: bool = False) -> None:
-        """Let the followers end, or kill them; nothing of them is left when this returns."""
+    def end(self) -> str:
+        """End the followers; nothing of them is left. Returns why some had ended before, "" if none had."""
         if self.ended:
-            return
+            return ""
         self.ended = True
-        for pipe in self.pipes:
-            pipe.close()
-        if at_once:
-            for process in self.processes:
-                process.kill()
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, END)
         if dist.is_initialized():
-            if at_once or self.broken:
-                _abort()
+            _abort()
             dist.destroy_process_group()
         for process in self.processes:
             process.join(GRACE_S)
             process.kill()
             process.join()
+        failures = "\n".join(filter(None, map(self._failure, self.processes)))
         self.folder.cleanup()
+        return failures
 
-    def _watch(self, process: Any) -> None:
-        wait([process.sentinel])
-        if process.exitcode not in (0, None):
+    def _failure(self, process: Any) -> str:
+        told = Path(self.folder.name, process.name)
+        if told.exists():
+            return f"{process.name} failed: {told.read_text().strip()}"
+        return "" if process.exitcode == -END else f"{process.name} ended with exit code {process.exitcode}."
+
+    def _watch(self) -> None:
+        wait([process.sentinel for process in self.processes])
+        if not self.ended:
             self.broken = True
             _abort()
 
@@ -217,15 +216,11 @@ def follow(config: EngineConfig, options: Options, rank: int, meeting: str, lead
     if config.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // options.tensor_parallel_size))
     try:
-        runner = FollowingRunner(config, options, rank, meeting, leader)
-        runner.follow()
-        runner.close()
-        dist.destroy_process_group()
+        FollowingRunner(config, options, rank, meeting, leader).follow()
     except BaseException:
-        with suppress(OSError):  # rank 0 may be gone too
-            leader.send(traceback.format_exc())
-        os._exit(1)
-    os._exit(0)  # the interpreter's own end takes seconds, and after an error could wait for other ranks
+        with suppress(OSError):  # rank 0 may be gone, and its folder with it
+            Path(meeting).with_name(f"rank {rank}").write_text(traceback.format_exc())
+        os._exit(1)  # the interpreter's own end could wait for other ranks
 
 
 def check(config: EngineConfig, options: Options) -> None:
@@ -251,19 +246,3 @@ def _abort() -> None:
     if dist.is_initialized() and dist.get_backend() == "nccl":
         group: Any = dist.group.WORLD
         group.abort()
-
-
-def _told(pipe: Connection) -> str | None:
-    """A follower's message: "" when it has loaded its share, a traceback when it fails; None: there is none."""
-    try:
-        return pipe.recv() if pipe.poll() else None
-    except (EOFError, OSError):
-        return None
-
-
-def _loss(ended: dict[Any, str | None]) -> RankLost:
-    reasons = [
-        f"{process.name} failed: {told.strip()}" if told else f"{process.name} ended with exit code {process.exitcode}."
-        for process, told in ended.items()
-    ]
-    return RankLost("\n".join(reasons))

@@ -134,15 +134,19 @@ def test_streams_and_a_batch_share_an_engine():
     assert [outputs[0].token_id, *(output.token_id for output in one)] == want[0]
 
 
-def test_one_request_of_a_stream_is_aborted():
+# Request 1 is aborted after its own third token; between a step of both and its turn; there, with its last token drawn.
+@pytest.mark.parametrize(("turn", "given"), [(1, 3), (0, 3), (0, 7)])
+def test_nothing_comes_of_an_aborted_request_of_a_stream(turn, given):
     llm = engines.nano.LLM(reference.TINY, max_model_len=256)
-    tokens = [[], []]
-    for output in llm.stream(TEXTS, engines.nano.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)):
+    tokens, ids = [[], []], {}
+    settings = [engines.nano.SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (12, 8)]
+    for output in llm.stream(TEXTS, settings):
         tokens[output.prompt_index].append(output.token_id)
-        if len(tokens[0]) == 3 and output.prompt_index == 0:
-            llm.abort([output.request_id])
-    want = reference.greedy([list(text.encode()) for text in TEXTS], 8)
-    assert tokens == [want[0][:3], want[1]]
+        ids[output.prompt_index] = output.request_id
+        if output.prompt_index == turn and len(tokens[1]) == given:
+            llm.abort([ids[1]])
+    want = reference.greedy([list(text.encode()) for text in TEXTS], 12)
+    assert tokens == [want[0], want[1][:given]]
 
 
 def test_stream_of_noise():

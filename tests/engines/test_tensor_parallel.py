@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +177,42 @@ def test_a_killed_follower_is_an_error(engine, when):
     assert time.monotonic() - began < BOUND_S
     own.close()
     assert not alive(follower) and not dist.is_initialized()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_an_error_of_rank_0_ends_all_ranks(monkeypatch, error):
+    """Rank 1 waits in a layer that rank 0 never comes to; a later step must not meet it there."""
+    own = start()
+    (follower,) = pids(own)
+
+    def fail(*_args):
+        raise error
+
+    def serve():
+        return own.serve(reference.requests(reference.text_prompts((20,)), 6))
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)) as raised:
+        patched.setattr(own.runner.model.model.layers[1], "forward", fail)
+        serve()
+    assert raised.value is error
+    with ThreadPoolExecutor(1) as thread:
+        later = thread.submit(serve)
+        try:
+            with pytest.raises(RankLost, match=f"can only be closed. rank 0 failed: {re.escape(repr(error))}"):
+                later.result(BOUND_S)
+        finally:
+            if alive(follower):
+                os.kill(follower, signal.SIGKILL)  # lets the thread end
+    assert not alive(follower) and not dist.is_initialized()
+    own.close()
+
+
+def test_a_follower_that_fails_in_a_step_tells_why():
+    own = start()
+    own.runner.followers.send("prefill", None)
+    with pytest.raises(RankLost, match=r"rank 1 failed: Traceback (?s:.*)AttributeError"):
+        own.serve(reference.requests(reference.text_prompts((20,)), 6))
+    own.close()
 
 
 def test_a_follower_that_cannot_start_is_an_error(monkeypatch):
