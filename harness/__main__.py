@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
@@ -22,38 +22,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from engines.base import InputError
-from harness.config import CONF_DIR, CONFIG_NAME, Config, EngineConf, to_config
+from harness import gpus, launched
+from harness.config import CONF_DIR, CONFIG_NAME, Config, EngineConf, compose_node, to_config
 from harness.errors import RunFailed
 from harness.folders import discard_empty_sweep, discard_unmeasured
-from harness.overrides import combinations, fixed_keys
+from harness.outcomes import BAD_INPUT, FAILED, INTERRUPTED, OK, Outcome, Session, collect
+from harness.overrides import combinations, fixed_keys, fixed_overrides
 
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 TOLD_ANYWAY = ("engine", "model", "workload")
 """Overrides that every run folder's name tells."""
-
-
-@dataclass
-class Session:
-    """What became of the runs of this process: an exit code each and, for those that failed, name and reason."""
-
-    codes: list[int] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    sweep_dir: Path | None = None
-    results: Path = Path("results")
-
-    def failed(self, code: int, name: str, reason: str) -> None:
-        self.codes.append(code)
-        self.failures.append(f"{name}: {reason}")
-
-    @property
-    def exit_code(self) -> int:
-        if INTERRUPTED in self.codes:
-            return INTERRUPTED
-        bad = [code for code in self.codes if code != OK]
-        if len(bad) == len(self.codes) and set(bad) == {BAD_INPUT}:
-            return BAD_INPUT
-        return FAILED if bad else OK
-
+LAUNCHERS = {
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "joblib", ""),
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "slurm", ""),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "slurm", "sbatch"),
+    "ray": ("hydra_plugins.hydra_ray_launcher", "ray", ""),
+}
+"""Of each launcher: its plugin's module, the pip extra that brings it, and the program that it cannot do without."""
+LAUNCHER_LOGS = ".submitit"
+"""In a sweep's folder (conf/hydra/launcher)."""
 
 SESSION = Session()
 
@@ -75,6 +61,16 @@ def install_extra(engine: EngineConf) -> str:
     return engine.extra if torch.cuda.is_available() or not engine.cpu_extra else engine.cpu_extra
 
 
+def check_launcher(name: str) -> None:
+    """InputError, with the install command, if what the launcher `name` needs is missing."""
+    module, extra, program = LAUNCHERS.get(name, ("", "", ""))
+    package = "hydra_plugins"  # the namespace itself is missing where no plugin is installed
+    if module and (importlib.util.find_spec(package) is None or importlib.util.find_spec(module) is None):
+        raise InputError(f"The launcher {name} is not installed: pip install -e '.[{extra}]'")
+    if program and shutil.which(program) is None:
+        raise InputError(f"The launcher {name} needs the program {program}, which this machine does not have.")
+
+
 def check_writable(results: Path) -> None:
     """InputError if run folders cannot be made under `results`. Leaves nothing behind."""
     existing = results.absolute()
@@ -87,11 +83,11 @@ def check_writable(results: Path) -> None:
         raise InputError(f"Cannot write results to {results}: {error.strerror or error}.") from error
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """InputError for whatever would stop every run that `arguments` ask for."""
+def check(arguments: argparse.Namespace) -> list[Config]:
+    """What each run will be; InputError for whatever would stop every run that `arguments` ask for."""
     configs = combinations(arguments.overrides, multirun=arguments.multirun)
     if arguments.cfg or arguments.info:
-        return
+        return configs
     missing = []
     for config in configs:
         try:
@@ -100,8 +96,29 @@ def check(arguments: argparse.Namespace) -> None:
             missing.append(error)
     if len(missing) == len(configs):
         raise missing[0]
-    for results in {config.results for config in configs}:
-        check_writable(Path(results))
+    folders = {config.results for config in configs}
+    if len(folders) > 1:
+        raise InputError("A sweep writes to one folder: give one value for results.")
+    check_writable(Path(folders.pop()))
+    return configs
+
+
+def settle_sweep(overrides: list[str]) -> list[str]:
+    """Overrides for Hydra that a sweep needs besides `overrides`.
+
+    Its folder is settled here, as an absolute path: jobs may run in other folders, and at other times.
+    InputError: the launcher is not installed.
+    """
+    fixed = fixed_overrides(overrides)
+    node = compose_node(fixed, with_hydra=True)
+    check_launcher(node.hydra.runtime.choices["hydra/launcher"])
+    SESSION.sweep_dir, SESSION.results = Path(node.hydra.sweep.dir).absolute(), Path(node.results)
+    quoted = str(SESSION.sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
+    excluded = [*TOLD_ANYWAY, *fixed_keys(overrides)]
+    return [
+        f"hydra.sweep.dir='{quoted}'",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(excluded)}]",
+    ]
 
 
 def run_one(config: Config, run_dir: Path) -> None:
@@ -114,27 +131,42 @@ def run_one(config: Config, run_dir: Path) -> None:
 
 @hydra.main(config_path=str(CONF_DIR), config_name=CONFIG_NAME, version_base="1.3")
 def job(node: DictConfig) -> None:
-    """Hydra's task: runs, and notes the outcome in SESSION instead of raising, so that a sweep goes on."""
+    """Hydra's task: runs, and notes the outcome instead of raising, so that a sweep goes on.
+
+    Under a launcher it is in another process than `main`, which learns the outcome from the sweep's folder.
+    """
     settings = HydraConfig.get()
+    os.chdir(settings.runtime.cwd)  # where the command was given; a cluster may start its jobs elsewhere
     run_dir = Path(settings.runtime.output_dir)
-    sweep = settings.mode == RunMode.MULTIRUN
-    if sweep:
-        SESSION.sweep_dir = Path(settings.sweep.dir)
     SESSION.results = Path(node.results)
-    shown = os.path.relpath(run_dir)
+    if settings.mode != RunMode.MULTIRUN:
+        SESSION.outcomes.append(attempt(node, run_dir))
+        return
+    SESSION.sweep_dir = Path(settings.sweep.dir)
+    launcher = settings.runtime.choices["hydra/launcher"]
+    if launcher == "basic":
+        outcome = attempt(node, run_dir, settings.job.num)
+        outcome.leave(SESSION.sweep_dir)
+        if outcome.code == INTERRUPTED:
+            raise KeyboardInterrupt  # Hydra then starts no further run
+        return
+    launched.run(run_dir, SESSION.sweep_dir, settings.job.num, shares_gpus=launcher in gpus.SHARING_LAUNCHERS)
+
+
+def attempt(node: DictConfig, run_dir: Path, number: int = 0) -> Outcome:
+    """One run, and how it ended, which is also printed. Raises nothing."""
+    results, shown = Path(node.results), os.path.relpath(run_dir)
     try:
         run_one(to_config(node), run_dir)
     except InputError as error:
         show_traceback_if_asked()
-        discard_unmeasured(run_dir, SESSION.results)
+        discard_unmeasured(run_dir, results)
         print(error, file=sys.stderr)
-        SESSION.failed(BAD_INPUT, run_dir.name, str(error))
+        return Outcome(number, run_dir.name, BAD_INPUT, str(error))
     except KeyboardInterrupt:
-        kept = not discard_unmeasured(run_dir, SESSION.results)
+        kept = not discard_unmeasured(run_dir, results)
         print(f"Stopped. What was measured: {shown}" if kept else "Stopped before anything was measured.")
-        SESSION.codes.append(INTERRUPTED)
-        if sweep:
-            raise  # Hydra then starts no further run
+        return Outcome(number, run_dir.name, INTERRUPTED)
     except Exception as error:
         if isinstance(error, RunFailed):
             show_traceback_if_asked()
@@ -142,10 +174,9 @@ def job(node: DictConfig) -> None:
         else:
             traceback.print_exc()
         print(f"The run failed; its folder: {shown}", file=sys.stderr)
-        SESSION.failed(FAILED, run_dir.name, f"{type(error).__name__}: {error}")
-    else:
-        print(f"Results: {shown}")
-        SESSION.codes.append(OK)
+        return Outcome(number, run_dir.name, FAILED, f"{type(error).__name__}: {error}")
+    print(f"Results: {shown}")
+    return Outcome(number, run_dir.name, OK)
 
 
 def show_traceback_if_asked() -> None:
@@ -159,27 +190,49 @@ def main() -> int:
     arguments = get_args_parser().parse_args()
     only_shows = arguments.help or arguments.hydra_help or arguments.shell_completion
     own_config = arguments.config_path or arguments.config_name or arguments.config_dir
+    names: list[str] = []
     if not only_shows and not own_config:  # with a config of the user's own, Hydra's messages must do
         try:
-            check(arguments)
+            configs = check(arguments)
+            if arguments.multirun:
+                sys.argv += settle_sweep(arguments.overrides)
         except InputError as error:
             show_traceback_if_asked()
             print(error, file=sys.stderr)
             return BAD_INPUT
-        if arguments.multirun:
-            excluded = [*TOLD_ANYWAY, *fixed_keys(arguments.overrides)]
-            sys.argv.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(excluded)}]")
+        names = [f"{config.engine.name}-{config.model.name}-{config.workload.name}" for config in configs]
+    gpus.offer()
+    launched = True
     try:
         job()
-    except KeyboardInterrupt:
-        if INTERRUPTED not in SESSION.codes:  # it came between two runs
-            SESSION.codes.append(INTERRUPTED)
-    if SESSION.sweep_dir is not None:
-        discard_empty_sweep(SESSION.sweep_dir, SESSION.results)
-        if SESSION.failures:
-            print(f"{len(SESSION.failures)} of {len(SESSION.codes)} runs failed:", file=sys.stderr)
-            for failure in SESSION.failures:
-                print(f"  {failure}", file=sys.stderr)
+    except KeyboardInterrupt:  # in a sweep also between two runs
+        SESSION.outcomes.append(Outcome(len(names), "", INTERRUPTED))
+    except SystemExit:  # Hydra has said why
+        if not arguments.multirun:
+            raise
+        launched = False
+    if only_shows or arguments.cfg or arguments.info or not arguments.multirun:
+        return SESSION.exit_code
+    code = end_sweep(names)
+    return code if launched else code or FAILED
+
+
+def end_sweep(names: list[str]) -> int:
+    """Collect what became of the runs called `names`, say which failed, tidy up; returns the exit code."""
+    folder = SESSION.sweep_dir
+    if folder is None:  # a config of the user's own, and a launcher that runs its jobs elsewhere
+        print("What became of the runs is not known here; see the sweep's folder.", file=sys.stderr)
+        return FAILED
+    SESSION.outcomes += collect(folder, [] if SESSION.exit_code == INTERRUPTED else names)
+    if SESSION.exit_code == BAD_INPUT:
+        shutil.rmtree(folder / LAUNCHER_LOGS, ignore_errors=True)  # they hold the sentences that are printed here
+    discard_empty_sweep(folder, SESSION.results)
+    if SESSION.failures:
+        print(f"{len(SESSION.failures)} of {len(SESSION.outcomes)} runs failed:", file=sys.stderr)
+        for failure in SESSION.failures:
+            print(f"  {failure.name}: {failure.reason}", file=sys.stderr)
+    if folder.is_dir():
+        print(f"Sweep: {os.path.relpath(folder)}")
     return SESSION.exit_code
 
 

@@ -54,6 +54,12 @@ def fixed_keys(arguments: Sequence[str]) -> list[str]:
     return [override.key_or_group for override in overrides if not override.is_sweep_override()]
 
 
+def fixed_overrides(arguments: Sequence[str]) -> list[str]:
+    """Those of `arguments` that are the same in all runs of a sweep."""
+    overrides = OverridesParser.create().parse_overrides(list(arguments))
+    return [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+
+
 def _parse(arguments: Sequence[str], loader: ConfigLoader) -> list[Override]:
     parser = OverridesParser.create(config_loader=loader)
     parsed = []
