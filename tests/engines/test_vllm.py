@@ -186,7 +186,7 @@ def small():
 
 @pytest.fixture(scope="class")
 def engine():
-    engine = VLLM(config())
+    engine = VLLM(config(options={"engine_args": {"disable_log_stats": False}}))  # its own clocks are compared
     yield engine
     engine.close()
     engine.close()
