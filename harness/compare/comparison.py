@@ -126,13 +126,13 @@ class Comparison:
     def _claim(self) -> None:
         """Make the folder this comparison's, or see that it is."""
         path = self.folder / COMPARISON_FILE
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        settings = self.settings  # asks the machine, so once
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
         if path.is_file():
             if json.loads(path.read_text()).get("settings_hash") != digest:
                 raise InputError(f"{self.folder} holds a comparison with other settings; choose another folder.")
             return
-        self._record = {"settings_hash": digest, "settings": self.settings, "status": "running"}
-        write_json(path, self._record)
+        write_json(path, {"settings_hash": digest, "settings": settings, "status": "running"})
 
     def _finish(self) -> list[Row]:
         path = self.folder / COMPARISON_FILE
