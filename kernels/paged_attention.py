@@ -15,8 +15,8 @@ probabilities' writes and reads, and a contiguous copy of the sequence's keys an
 
 The query heads that share a key/value head are rows of one tile, so each key is read once for all of them: decode is
 the case of one query token, where the tile's rows are the group's heads. Where few programs would run, several share
-a context and `_combine` merges their parts. The number of parts depends on shapes alone, never on lengths that lie on
-the device, so a captured graph stays right when the sequences grow.
+a context and `paged_attention_combine_kernel` merges their parts. The number of parts depends on shapes alone, never on
+lengths that lie on the device, so a captured graph stays right when the sequences grow.
 """
 
 from __future__ import annotations
@@ -142,12 +142,13 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _kernel(
+def paged_attention_kernel(
     q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, o, part_o, part_lse, tokens, max_blocks, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_M query rows of one key/value head over one split of a sequence's context."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     sequence = tl.program_id(2) // SPLITS
     split = tl.program_id(2) % SPLITS
@@ -210,7 +211,9 @@ def _kernel(
 
 
 @triton.jit(do_not_specialize=["heads"])
-def _combine(part_o, part_lse, o, heads, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def paged_attention_combine_kernel(
+    part_o, part_lse, o, heads, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Merge the splits' parts of one head: a mean weighted by each part's sum of exponentials."""
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
@@ -297,7 +300,7 @@ def paged_attention(
         part_o = torch.empty((splits, tokens, heads, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, tokens, heads), dtype=torch.float32, device=q.device)
     block_d = max(16, 1 << (head_dim - 1).bit_length())
-    _kernel[(row_blocks, kv_heads, sequences * splits)](
+    paged_attention_kernel[(row_blocks, kv_heads, sequences * splits)](
         q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, o, part_o, part_lse, tokens, max_blocks,
         scale * LOG2_E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
@@ -306,7 +309,7 @@ def paged_attention(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        _combine[(tokens * heads,)](
+        paged_attention_combine_kernel[(tokens * heads,)](
             part_o, part_lse, o, tokens * heads, HEAD_DIM=head_dim, SPLITS=splits, BLOCK_D=block_d, num_warps=2
         )
     return o

@@ -55,11 +55,12 @@ def reference(
 
 
 @triton.jit
-def _kernel(
+def qk_norm_rope_cache_kernel(
     qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
+    """One token, BLOCK_H of its query, key and value heads."""
     HALF: tl.constexpr = HEAD_DIM // 2
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -160,7 +161,7 @@ def qk_norm_rope_cache(
     if tokens > 0:
         heads = num_heads + 2 * num_kv_heads
         block_h = next(block for limit, block in HEADS_PER_PROGRAM if tokens <= limit)
-        _kernel[(tokens, -(-heads // block_h))](
+        qk_norm_rope_cache_kernel[(tokens, -(-heads // block_h))](
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, eps,
             HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
             BLOCK_H=block_h, BLOCK_HALF=1 << (head_dim // 2 - 1).bit_length(), num_warps=1 if block_h < 8 else 2,

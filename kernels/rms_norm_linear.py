@@ -107,10 +107,11 @@ def _silu_mul(gate, up):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _vector_kernel(
+def rms_norm_linear_vector_kernel(
     x, residual, norm_weight, weight, bias, y, new_residual, rows, out, eps,
     HIDDEN: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_N columns for all rows (few), on the ordinary cores; `hidden` is one block."""
     program = tl.program_id(0)
     column = program * BLOCK_N + tl.arange(0, BLOCK_N)
     in_out = column < out
@@ -149,11 +150,12 @@ def _accumulate(total, a, w, SWAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _tiled_kernel(
+def rms_norm_linear_tiled_kernel(
     x, residual, norm_weight, weight, bias, y, new_residual, rows, out, eps,
     HIDDEN: tl.constexpr, GATED: tl.constexpr, SCALE_FIRST: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_M rows and BLOCK_N columns, on the tensor cores."""
     # Programs that run at the same time share rows and columns: GROUP_M row blocks go through the columns together.
     program = tl.program_id(0)
     column_blocks = tl.cdiv(out, BLOCK_N)
@@ -239,7 +241,7 @@ def launch(
         if rows <= VECTOR_ROWS and block_k <= VECTOR_HIDDEN:
             block_n = max(1, VECTOR_ELEMENTS // block_k // (2 if gated else 1))
             block_n = min(16, block_n)
-            _vector_kernel[((out + block_n - 1) // block_n,)](
+            rms_norm_linear_vector_kernel[((out + block_n - 1) // block_n,)](
                 *tensors, rows, out, eps,
                 HIDDEN=hidden, GATED=gated, ROWS=1 << (rows - 1).bit_length(), BLOCK_N=block_n, BLOCK_K=block_k,
                 num_warps=2 if block_k <= VECTOR_ELEMENTS and x.element_size() == 2 else 4,
@@ -248,7 +250,7 @@ def launch(
             tile = next(tile for tile in TILES[x.element_size()] if rows <= tile.max_rows)
             block_n = tile.block_n // 2 if gated and tile.block_n > 16 else tile.block_n
             programs = -(-rows // tile.block_m) * -(-out // block_n)
-            _tiled_kernel[(programs,)](
+            rms_norm_linear_tiled_kernel[(programs,)](
                 *tensors, rows, out, eps,
                 HIDDEN=hidden, GATED=gated,
                 # In float16 gamma * s may overflow before 1/rms brings it back, so the scale goes in first.

@@ -27,7 +27,8 @@ def reference(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _kernel(gate_up, y, inter, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up, y, inter, BLOCK: tl.constexpr):
+    """One row and BLOCK of its columns."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inter
@@ -48,7 +49,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     inter = columns // 2
     y = torch.empty((rows, inter), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel() > 0:
-        _kernel[(rows, -(-inter // BLOCK))](gate_up, y, inter, BLOCK=BLOCK, num_warps=4)
+        silu_mul_kernel[(rows, -(-inter // BLOCK))](gate_up, y, inter, BLOCK=BLOCK, num_warps=4)
     return y
 
 

@@ -24,7 +24,8 @@ def reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappi
 
 
 @triton.jit
-def _kernel(k, v, k_cache, v_cache, slots, k_stride, v_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def write_kv_kernel(k, v, k_cache, v_cache, slots, k_stride, v_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One token's key and value, unless its slot is negative."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -54,7 +55,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         )
     width = heads * dim
     if tokens > 0:
-        _kernel[(tokens,)](
+        write_kv_kernel[(tokens,)](
             k,
             v,
             k_cache,

@@ -1,45 +1,108 @@
-"""nano's scheduler and memory management over fused layers."""
+"""nano's scheduler and memory management over fused layers and a decode loop that runs ahead of the host."""
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
-from torch import nn
-
-import kernels
-from engines.fused.features import FusedOptions, fallbacks
-from engines.fused.layers import FusedLayer
+from engines.base import HostPhases, Request
+from engines.fused.features import FusedOptions
+from engines.fused.runner import FusedRunner
+from engines.fused.state import Flight
 from engines.nano.engine import LLM as NanoLLM
-from engines.nano.model_runner import ModelRunner
+from engines.nano.engine import Ran
+from engines.nano.sequence import Sequence, Status
+
+SEED_BITS = 63
 
 
 class LLM(NanoLLM):
-    """Takes the same calls as `engines.nano.LLM`; its options are `FusedOptions`."""
+    """Takes the same calls as `engines.nano.LLM`; its options are `FusedOptions`.
+
+    While the host looks at the tokens of a decode step, the next one runs. What it cannot know by then is which
+    sequences have met a stop token: their surplus token is dropped.
+    """
 
     name = "fused"
     options_class = FusedOptions
     options: FusedOptions
+    runner: FusedRunner
 
-    def prepare(self, runner: ModelRunner) -> None:
-        """Put the fused layers in place of nano's, once the weights are there."""
-        self.fallbacks = {
-            feature: reason
-            for feature, reason in fallbacks(runner.model_config, runner.device).items()
-            if feature in self.options.features
-        }
-        self.features = frozenset(self.options.features) - self.fallbacks.keys()
-        max_rows = (self.options.max_fused_decode_rows, self.options.max_fused_prefill_rows)
-        runner.model.model.layers = nn.ModuleList(
-            FusedLayer(layer, self.features, max_rows) for layer in runner.model.layers
-        )
-        self.kernels = "triton" if kernels.runs_triton(runner.model.lm_head.matrix) else "reference"
+    def __init__(self, model: Any, **keywords: Any) -> None:
+        self._flight: Flight | None = None  # launched, and not read yet
+        super().__init__(model, **keywords)
+        self._seeds = Random(self.config.seed)
+
+    def _start_runner(self) -> FusedRunner:
+        return FusedRunner(self.config, self.options)
 
     @property
     def notes(self) -> dict[str, Any]:
         return super().notes | {
-            "features": sorted(self.features),
-            "fallbacks": self.fallbacks,
-            "kernels": self.kernels,
-            "max_fused_decode_rows": self.options.max_fused_decode_rows,
+            "features": sorted(self.runner.features),
+            "fallbacks": self.runner.fallbacks,
+            "kernels": self.runner.kernels,
             "max_fused_prefill_rows": self.options.max_fused_prefill_rows,
         }
+
+    def add(self, request: Request) -> Sequence:
+        sequence = super().add(request)
+        seed = request.sampling.seed
+        sequence.seed = (self._seeds.getrandbits(SEED_BITS) if seed is None else seed) % (1 << SEED_BITS)
+        return sequence
+
+    def advance(self) -> None:
+        flight, self._flight = self._flight, None
+        if flight is None or not any(s.status is Status.RUNNING for s in flight.sequences):
+            sequences, is_prefill = self.scheduler.schedule()
+            if is_prefill:
+                self._prefill(sequences)
+                return
+            flight = self.runner.launch(sequences)
+        self._launch_ahead(flight)
+        self._land(flight)
+
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        self._last = Ran(sequences, True, [(s.num_scheduled, s.num_cached, len(s)) for s in sequences])
+        self._last.token_ids = self.runner.run(sequences, True)
+        self._last.finished = self.scheduler.postprocess(sequences, self._last.token_ids)
+
+    def _launch_ahead(self, flight: Flight) -> None:
+        """Launch the step after `flight`, unless it depends on what is still in the air."""
+        if "device_loop" not in self.runner.features or self.runner.watched or self.runner.keep_logits:
+            self.runner.state.forget()  # the host brings everything to the device, step by step
+            return
+        following = [s for s in flight.sequences if s.status is Status.RUNNING and not ends(s)]
+        if following and not self._can_admit() and self.scheduler.blocks.append_ahead(following):
+            self._flight = self.runner.launch(following, flight)
+
+    def _can_admit(self) -> bool:
+        """Whether the next step could be a prefill, which goes first; it waits for nobody's tokens to be read."""
+        scheduler = self.scheduler
+        if not scheduler.waiting or len(scheduler.running) >= scheduler.max_num_seqs:
+            return False
+        sequence = scheduler.waiting[0]
+        return bool(sequence.block_table) or scheduler.blocks.can_allocate(sequence)
+
+    def _land(self, flight: Flight) -> None:
+        """Take in the tokens of `flight`; those of sequences that have ended meanwhile are dropped."""
+        tokens = flight.read()
+        landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if s.status is Status.RUNNING]
+        sequences, token_ids = [s for s, _ in landed], [token for _, token in landed]
+        for sequence in sequences:
+            sequence.num_scheduled = 1
+        self._last = Ran(sequences, False, [], token_ids)
+        self._last.finished = self.scheduler.postprocess(sequences, token_ids)
+
+    def host_phases(self) -> HostPhases:
+        phases = dict(super().host_phases())
+        return {**phases, "schedule": [*phases["schedule"], (self, "_can_admit")]}
+
+    def close(self) -> None:
+        self._flight = None
+        super().close()
+
+
+def ends(sequence: Sequence) -> bool:
+    """Whether the token in the air is the last one that `sequence` may have."""
+    return sequence.num_output + 1 >= sequence.sampling.max_tokens

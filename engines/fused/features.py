@@ -12,37 +12,41 @@ from engines.nano.models import ModelConfig
 from engines.nano.options import Options
 
 FEATURES = {
+    "device_loop": "decode state stays on the device, and a step is launched before the one before it was read",
+    "dependent": "decode kernels start while the kernel before them ends (compute capability 9.0 on)",
     "norm_qkv": "input_norm+qkv_proj in one kernel",
-    "rope_cache": "qk_norm+rope+kv_write in one kernel",
+    "attention": "decode: qk_norm+rope+kv_write+attention in one kernel",
+    "rope_cache": "elsewhere: qk_norm+rope+kv_write in one kernel",
+    "residual": "decode: the residual is added by the kernels of o_proj and down_proj",
     "norm_gate_up": "post_norm+gate_up_proj+silu_mul in one kernel",
+    "head": "decode: final_norm+lm_head and the sampler's sums in one kernel",
+    "prefill_graphs": "prefill steps of few tokens are captured graphs too",
 }
-DECODE_ROWS = 2
-"""Decode replays a graph, so kernel time alone counts: up to here one kernel beats the norm and cuBLAS (H200)."""
-PREFILL_ROWS = 1024
-"""Prefill is launched op by op, and the host is the slower part: up to here fewer launches are worth more than the
-faster product of cuBLAS (H200)."""
 
 
 @dataclass(frozen=True)
 class FusedOptions(Options):
     """nano's options, and:
 
-    features: which fusions are on; all by default
-    max_fused_decode_rows, max_fused_prefill_rows: norm and linear are one kernel for steps of up to so many tokens
+    features: which ideas are on; all by default, and all but some where those are written with a minus (`-head`)
+    max_fused_prefill_rows: in prefill, norm and linear are one kernel for steps of up to so many tokens
     """
 
     features: tuple[str, ...] = tuple(FEATURES)
-    max_fused_decode_rows: int = DECODE_ROWS
-    max_fused_prefill_rows: int = PREFILL_ROWS
+    max_fused_prefill_rows: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tensor_parallel_size != 1:
             raise InputError("Engine fused runs on one GPU: tensor_parallel_size must be 1 (engine nano takes more).")
-        object.__setattr__(self, "features", tuple(self.features))
-        unknown = [feature for feature in self.features if feature not in FEATURES]
+        unknown = [name for name in self.features if name.removeprefix("-") not in FEATURES]
         if unknown:
             raise InputError(f"Feature {unknown[0]!r} of engine fused is not known; known are {', '.join(FEATURES)}.")
+        off = [name[1:] for name in self.features if name.startswith("-")]
+        if 0 < len(off) < len(self.features):
+            raise InputError("features of engine fused names what is on or, with a minus, what is off; not both.")
+        on = [name for name in FEATURES if name not in off] if off else self.features
+        object.__setattr__(self, "features", tuple(on))
 
 
 def fallbacks(config: ModelConfig, device: torch.device) -> dict[str, str]:
@@ -50,6 +54,11 @@ def fallbacks(config: ModelConfig, device: torch.device) -> dict[str, str]:
     reasons = {}
     if device.type == "cuda" and not kernels.HAVE_TRITON:
         reasons = dict.fromkeys(FEATURES, "the package triton is not installed")
+        del reasons["device_loop"], reasons["prefill_graphs"]
     elif config.head_dim % 2:
-        reasons["rope_cache"] = f"heads of {config.head_dim} have no two halves to rotate"
+        reasons = dict.fromkeys(("attention", "rope_cache"), f"heads of {config.head_dim} have no two halves to rotate")
+    if not kernels.can_depend(device):
+        reasons["dependent"] = "it needs a GPU of compute capability 9.0 or later"
+    if device.type != "cuda":
+        reasons["prefill_graphs"] = "there are no graphs without a GPU"
     return reasons

@@ -1,7 +1,11 @@
-"""nano's decoder layer with its operations fused. Weights are nano's own tensors; nothing is copied."""
+"""nano's decoder layer with its operations fused. Weights are nano's own tensors; nothing is copied.
+
+The residual stream is `hidden` itself, changed in place; nano's second tensor for it stays None here.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,30 +14,69 @@ import kernels
 from engines.nano.layers.attention import KVWrite
 from engines.nano.layers.linear import StackedLinear
 from engines.nano.layers.norm import RMSNorm
-from engines.nano.models.decoder import MLP, Attention, DecoderLayer
+from engines.nano.models.decoder import Attention, DecoderLayer
 from engines.nano.utils.context import StepContext
+from kernels.decode_linear import best_launch
 
 
-class NormLinearKernel(nn.Module):
-    """Residual add, norm and linear layer in one kernel: a module of its own, so that it can be timed."""
+@dataclass(slots=True)
+class DecodeContext(StepContext):
+    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence."""
+
+    dependent: bool = False
+
+
+def product_is_fused(x: Tensor, weight: Tensor, gated: bool) -> bool:
+    """Whether our kernel is faster than cuBLAS and separate kernels for x [rows, in] in a decode step here."""
+    out = weight.shape[0] // 2 if gated else weight.shape[0]
+    return best_launch(x.shape[0], out, weight.shape[1], gated, x.element_size(), x.device) is not None
+
+
+class NormLinear(nn.Module):
+    """Norm and linear layer in one kernel (with silu(gate) · up if `gated`): a module of its own, to be timed."""
 
     def __init__(self, norm: RMSNorm, linear: StackedLinear, gated: bool) -> None:
         super().__init__()
         self._parts = (norm, linear)
         self.gated = gated
 
-    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(output [tokens, out], residual stream [tokens, hidden])."""
+    def takes(self, hidden: Tensor, context: StepContext, max_prefill_rows: int) -> bool:
+        """Whether one kernel is the faster way for so many rows."""
+        if not isinstance(context, DecodeContext):
+            return hidden.shape[0] <= max_prefill_rows
+        return product_is_fused(hidden, self._parts[1].weight, self.gated)
+
+    def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
+        """[tokens, out] from the residual stream [tokens, hidden]."""
         norm, linear = self._parts
+        if isinstance(context, DecodeContext):
+            return kernels.decode_linear(
+                hidden, linear.weight, norm_weight=norm.weight, eps=norm.eps, bias=linear.bias, gated=self.gated,
+                dependent=context.dependent,
+            )  # fmt: skip
         result: Any
         if self.gated:
-            result = kernels.rms_norm_gate_up_silu(hidden, norm.weight, linear.weight, norm.eps, residual)
+            result = kernels.rms_norm_gate_up_silu(hidden, norm.weight, linear.weight, norm.eps)
         else:
-            result = kernels.rms_norm_linear(hidden, norm.weight, linear.weight, norm.eps, linear.bias, residual)
-        return (result, hidden) if residual is None else result
+            result = kernels.rms_norm_linear(hidden, norm.weight, linear.weight, norm.eps, linear.bias)
+        return result
 
 
-class RopeCacheKernel(nn.Module):
+class AddedLinear(nn.Module):
+    """A linear layer that adds its output to the residual stream [tokens, hidden], in place."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._linear = (linear,)
+
+    def forward(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
+        (linear,) = self._linear
+        if isinstance(context, DecodeContext) and product_is_fused(x, linear.weight, False):
+            return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=context.dependent)
+        return hidden.addmm_(x, linear.weight.t())
+
+
+class RopeCache(nn.Module):
     """Head norms, rotation and cache write in one kernel, from the joint projection [tokens, q + k + v]."""
 
     def __init__(self, attention: Attention) -> None:
@@ -54,49 +97,71 @@ class RopeCacheKernel(nn.Module):
         return result if wants_kv else (result, None, None)
 
 
+class DecodeAttention(nn.Module):
+    """All between qkv_proj and o_proj in one kernel: [rows, q + k + v] → [rows, heads · dim]."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self._attention = (attention,)
+
+    def forward(self, qkv: Tensor, positions: Tensor, context: DecodeContext, workspace: Any) -> Tensor:
+        (a,) = self._attention
+        return kernels.decode_attention(
+            qkv, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None, a.rotary.table,
+            positions, context.block_tables, a.kv_write.k_cache, a.kv_write.v_cache,
+            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, a.attention.scale,
+            workspace=workspace, dependent=context.dependent, max_context=context.max_seqlen_k,
+        )  # fmt: skip
+
+
 class FusedLayer(nn.Module):
     """One decoder layer. What is not fused, by choice, for its number of rows or for want of a kernel, runs as nano's.
 
-    `features` are those that are on; up to `max_rows` rows of (decode, prefill) norm and linear are one kernel.
+    `features` are those that are on; in prefill up to `max_prefill_rows` rows of norm and linear are one kernel.
     """
 
-    def __init__(self, layer: DecoderLayer, features: frozenset[str], max_rows: tuple[int, int]) -> None:
+    def __init__(self, layer: DecoderLayer, features: frozenset[str], max_prefill_rows: int) -> None:
         super().__init__()
         self.plain = layer
         self.features = features
-        self.max_decode_rows, self.max_prefill_rows = max_rows
+        self.max_prefill_rows = max_prefill_rows
+        self.workspace: Any = None  # of decode attention, shared by all layers; the runner makes it
         attention, mlp = layer.self_attn, layer.mlp
-        self.norm_qkv = NormLinearKernel(layer.input_layernorm, attention.qkv_proj, gated=False)
-        self.rope_cache = RopeCacheKernel(attention)
-        self.norm_gate_up = NormLinearKernel(layer.post_attention_layernorm, mlp.gate_up_proj, gated=True)
+        self.norm_qkv = NormLinear(layer.input_layernorm, attention.qkv_proj, gated=False)
+        self.decode_attention = DecodeAttention(attention)
+        self.rope_cache = RopeCache(attention)
+        self.added_o = AddedLinear(attention.o_proj)
+        self.norm_gate_up = NormLinear(layer.post_attention_layernorm, mlp.gate_up_proj, gated=True)
+        self.added_down = AddedLinear(mlp.down_proj)
 
     @property
     def cache(self) -> KVWrite:
         return self.plain.cache
 
-    def forward(
-        self, hidden: Tensor, residual: Tensor | None, positions: Tensor, context: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        few = hidden.shape[0] <= (self.max_decode_rows if context.is_decode else self.max_prefill_rows)
-        attention = self.plain.self_attn
-        if few and "norm_qkv" in self.features:
-            qkv, residual = self.norm_qkv(hidden, residual)
+    def forward(self, hidden: Tensor, residual: None, positions: Tensor, context: StepContext) -> tuple[Tensor, None]:
+        attention, mlp = self.plain.self_attn, self.plain.mlp
+        if "norm_qkv" in self.features and self.norm_qkv.takes(hidden, context, self.max_prefill_rows):
+            qkv = self.norm_qkv(hidden, context)
         else:
-            hidden, residual = self.plain.normalise_input(hidden, residual)
-            qkv = attention.qkv_proj(hidden)
-        if "rope_cache" in self.features:
-            hidden = attention.o_proj(attention.attention(*self.rope_cache(qkv, positions, context), context))
+            qkv = attention.qkv_proj(self.plain.input_layernorm(hidden))
+        hidden = self._added(self.added_o, attention.o_proj, self._attend(qkv, positions, context), hidden, context)
+        if "norm_gate_up" in self.features and self.norm_gate_up.takes(hidden, context, self.max_prefill_rows):
+            gated = self.norm_gate_up(hidden, context)
         else:
-            hidden = attention.attend(qkv, positions, context)
-        return self._mlp(hidden, residual, few)
+            gated = mlp.silu_mul(mlp.gate_up_proj(self.plain.post_attention_layernorm(hidden)))
+        return self._added(self.added_down, mlp.down_proj, gated, hidden, context), None
 
-    def _mlp(self, hidden: Tensor, residual: Tensor, few: bool) -> tuple[Tensor, Tensor]:
-        mlp: MLP = self.plain.mlp
-        if few and "norm_gate_up" in self.features:
-            hidden, residual = self.norm_gate_up(hidden, residual)
-            return mlp.down_proj(hidden), residual
-        hidden, residual = self.plain.post_attention_layernorm(hidden, residual)
-        return mlp(hidden), residual
+    def _attend(self, qkv: Tensor, positions: Tensor, context: StepContext) -> Tensor:
+        attention = self.plain.self_attn
+        if isinstance(context, DecodeContext) and "attention" in self.features:
+            return self.decode_attention(qkv, positions, context, self.workspace)
+        if "rope_cache" in self.features:
+            return attention.attention(*self.rope_cache(qkv, positions, context), context)
+        return attention.attend(qkv, positions, context)
+
+    def _added(self, added: AddedLinear, linear: nn.Linear, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
+        """The residual stream with the output of `linear` added."""
+        return added(x, hidden, context) if "residual" in self.features else hidden.add_(linear(x))
 
     def sites(self) -> list[tuple[str, str, nn.Module | None]]:
         """Fused and plain modules both: only what is called reports."""
@@ -104,6 +169,9 @@ class FusedLayer(nn.Module):
         return [
             ("attention", "input_norm+qkv_proj", self.norm_qkv),
             ("attention", rope, self.rope_cache),
+            ("attention", f"{rope}+attention", self.decode_attention),
+            ("attention", "o_proj", self.added_o),
             ("mlp", "post_norm+gate_up_proj+silu_mul", self.norm_gate_up),
+            ("mlp", "down_proj", self.added_down),
             *self.plain.sites(),
         ]

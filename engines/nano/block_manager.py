@@ -45,8 +45,7 @@ class BlockManager:
     def allocate(self, sequence: Sequence) -> bool:
         """Give `sequence` blocks for all its tokens, reusing a cached prefix; False if there are not enough."""
         prefix = self.cached_prefix(sequence)
-        needed = self.blocks_for(len(sequence)) - sum(self.ref_counts[block] > 0 for block in prefix)
-        if needed > len(self.free):
+        if not self._suffices(sequence, prefix):
             return False
         for block in prefix:
             self.ref_counts[block] += 1
@@ -56,6 +55,10 @@ class BlockManager:
         sequence.num_cached = len(prefix) * self.block_size
         return True
 
+    def can_allocate(self, sequence: Sequence) -> bool:
+        """Whether `allocate` would give it its blocks now."""
+        return self._suffices(sequence, self.cached_prefix(sequence))
+
     def can_append(self, sequence: Sequence) -> bool:
         return len(sequence.block_table) * self.block_size >= len(sequence) or bool(self.free)
 
@@ -63,6 +66,15 @@ class BlockManager:
         """Make room for the newest token of `sequence`."""
         if len(sequence.block_table) * self.block_size < len(sequence):
             sequence.block_table.append(self._take())
+
+    def append_ahead(self, sequences: list[Sequence]) -> bool:
+        """Make room in each for one token more than it has yet; False, and nothing done, if there are not enough."""
+        full = [s for s in sequences if len(s.block_table) * self.block_size == len(s)]
+        if len(full) > len(self.free):
+            return False
+        for sequence in full:
+            sequence.block_table.append(self._take())
+        return True
 
     def publish(self, sequence: Sequence) -> None:
         """Make the blocks that this step filled findable by their hashes; call once the step has run."""
@@ -87,6 +99,10 @@ class BlockManager:
                 self.free[block] = None
         sequence.block_table = []
         sequence.num_cached = 0
+
+    def _suffices(self, sequence: Sequence, prefix: list[int]) -> bool:
+        shared = sum(self.ref_counts[block] > 0 for block in prefix)
+        return self.blocks_for(len(sequence)) - shared <= len(self.free)
 
     def _take(self) -> int:
         block = next(iter(self.free))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ class ModelRunner:
         self.kept_logits: Tensor | None = None
         self.keep_logits = False
         self.max_blocks = -(-self.max_model_len // self.block_size)
-        self.buffers = DecodeBuffers(config.max_num_seqs, self.max_blocks, self.max_model_len, self.device)
-        self.graphs: DecodeGraphs | None = None
-        self._plain_graphs: DecodeGraphs | None = None
+        self.buffers = self._make_buffers()
+        self.graphs: Any = None  # of the decode steps; None: none
+        self._plain_graphs: Any = None
         self._unhook = lambda: None
         self._meet()
         self.num_blocks = self._allocate_cache()
@@ -124,6 +125,9 @@ class ModelRunner:
         for name in ("model", "buffers", "cache", "sampler"):
             if hasattr(self, name):
                 delattr(self, name)
+
+    def _make_buffers(self) -> Any:
+        return DecodeBuffers(self.config.max_num_seqs, self.max_blocks, self.max_model_len, self.device)
 
     def _check_length(self, wanted: int) -> int:
         if wanted > self.model_config.max_position:

@@ -25,6 +25,7 @@ class Sequence:
     def __init__(self, request: Request) -> None:
         self.request_id = request.request_id
         self.sampling = request.sampling
+        self.seed = request.sampling.seed or 0  # what an engine that draws by seeds alone puts another number in for
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
         self.num_cached = 0

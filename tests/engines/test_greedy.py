@@ -17,8 +17,9 @@ VARIANTS = {
     "nano": (Nano, {}, "reference"),
     "nano, Triton attention": (Nano, {"attention_backend": "triton"}, "triton"),
     "fused, reference kernels": (Fused, {}, "reference"),
-    "fused, interpreted kernels": (Fused, {"attention_backend": "triton", "max_fused_decode_rows": 64}, "triton"),
-    "fused, few rows fused": (Fused, {"max_fused_decode_rows": 3, "max_fused_prefill_rows": 30}, "reference"),
+    "fused, interpreted kernels": (Fused, {"attention_backend": "triton", "max_fused_prefill_rows": 64}, "triton"),
+    "fused, few rows fused": (Fused, {"max_fused_prefill_rows": 30}, "reference"),
+    "fused, attention apart": (Fused, {"features": ("device_loop", "rope_cache", "norm_gate_up")}, "reference"),
     "fused, nothing fused": (Fused, {"features": ()}, "reference"),
 }
 

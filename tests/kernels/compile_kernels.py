@@ -4,7 +4,7 @@
 
 Tensors are on torch's meta device; the launch stops after the compiler. The interpreter forgives what the compiler does
 not: types that change in a loop, tiles too small for an instruction, more shared memory than a multiprocessor has.
-Prints one JSON line per compiled kernel.
+Prints one JSON line per compiled kernel; `waits` says whether it waits for the kernel before it.
 """
 
 import json
@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import kernels
+from kernels.decode_attention import workspace
+from kernels.decode_linear import Launch
 
 META = torch.device("meta")
 
@@ -39,11 +41,16 @@ def compile_launches(capability: int, shared_limit: int) -> None:
             seen.add(kernel.hash)
             meta = kernel.metadata
             shared = meta.shared
-            print(json.dumps({"kernel": f"{self.__module__}.{self.__name__}", "shared": shared}), flush=True)
+            waits = "griddepcontrol.wait" in kernel.asm["ptx"]
+            name = f"{self.__module__}.{self.__name__}"
+            print(json.dumps({"kernel": name, "shared": shared, "waits": waits}), flush=True)
             assert shared <= shared_limit, f"{self.__name__} {kwargs} needs {shared} bytes of shared memory"
         return kernel
 
     JITFunction.run = compile_only
+    for name, module in list(sys.modules.items()):  # a meta tensor's device does not tell what it stands for
+        if name.startswith("kernels.") and hasattr(module, "can_depend"):
+            module.can_depend = lambda device: capability >= 90
     with kernels.use("triton"):
         for rows in (1, 3, 16, 60, 100, 300):
             norm_linear(rows, 1024, 4096, 3072, torch.bfloat16, residual=rows != 3)
@@ -62,6 +69,22 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         cache = torch.empty(2, 16, 2, 24, dtype=torch.bfloat16, device=META)
         kernels.write_kv(k, k, cache, cache, torch.empty(5, dtype=torch.int32, device=META))
         kernels.silu_mul(torch.empty(3, 200, dtype=torch.bfloat16, device=META))
+        # A decode step's products: norm and gate, residual, and a sum over K in two parts.
+        for rows in (1, 16, 64, 256):
+            decode_linear(rows, 1024, 4096, torch.bfloat16, norm=True)
+            decode_linear(rows, 1024, 2 * 3072, torch.bfloat16, norm=True, gated=True)
+            decode_linear(rows, 3072, 1024, torch.bfloat16, residual=True)
+        split = Launch("tiled", 32, 128, 4, block_m=16, num_stages=4, split_k=2)
+        decode_linear(16, 3072, 1024, torch.bfloat16, residual=True, launch=split)
+        decode_linear(2, 100, 34, torch.float32, norm=True, gated=True)
+        decode_linear(20, 100, 34, torch.float16, norm=True)
+        for rows in (1, 16, 64, 256):
+            decode_attention(torch.bfloat16, rows, 16, 8, 128, 256)
+        decode_attention(torch.float16, 3, 12, 2, 128, 16)
+        decode_attention(torch.float32, 2, 4, 2, 20, 64)
+        head_and_sample(1, torch.bfloat16)
+        head_and_sample(16, torch.bfloat16)
+        head_and_sample(3, torch.float16)
 
 
 def norm_linear(rows: int, hidden: int, out: int, inter: int, dtype: torch.dtype, residual: bool) -> None:
@@ -94,6 +117,48 @@ def attention(
         torch.empty(sequences, 16, dtype=torch.int32, device=META),
         torch.empty(sequences + 1, dtype=torch.int32, device=META),
         torch.empty(sequences, dtype=torch.int32, device=META), queries, 0.1, num_splits=splits,
+    )  # fmt: skip
+
+
+def decode_linear(
+    rows: int, k: int, weight_rows: int, dtype: torch.dtype, norm: bool = False, gated: bool = False,
+    residual: bool = False, launch: Launch | None = None,
+) -> None:  # fmt: skip
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    kernels.decode_linear(
+        new(rows, k), new(weight_rows, k), norm_weight=new(k) if norm else None, eps=1e-6, gated=gated,
+        residual=new(rows, weight_rows) if residual else None, dependent=True, launch=launch,
+    )  # fmt: skip
+
+
+def decode_attention(
+    dtype: torch.dtype, rows: int, heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> None:  # fmt: skip
+    gamma = torch.empty(head_dim, dtype=dtype, device=META)
+    cache = torch.empty(8, block_size, kv_heads, head_dim, dtype=dtype, device=META)
+    kernels.decode_attention(
+        torch.empty(rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=META), gamma, gamma,
+        torch.empty(4096, head_dim, device=META), torch.empty(rows, dtype=torch.int32, device=META),
+        torch.empty(rows, 4096 // block_size, dtype=torch.int32, device=META), cache, cache,
+        heads, kv_heads, head_dim, 1e-6, 0.1, workspace=workspace(rows, heads, head_dim, META), dependent=True,
+    )  # fmt: skip
+
+
+def head_and_sample(rows: int, dtype: torch.dtype) -> None:
+    """A decode step's ends: the tokens' embeddings, then head, sums and choice."""
+    hidden, vocab = 1024, 1000
+    table = torch.empty(vocab, hidden, dtype=dtype, device=META)
+    tokens, steps, positions = (torch.empty(rows, dtype=torch.int32, device=META) for _ in range(3))
+    temperatures = torch.empty(rows, device=META)
+    x = kernels.embed_rows(tokens, table, dependent=True)
+    norm_weight = torch.empty(hidden, dtype=dtype, device=META)
+    logits, *stats = kernels.decode_head(x, norm_weight, table, 1e-6, temperatures, dependent=True)
+    kernels.tile_stats(logits, temperatures, dependent=True)
+    kernels.choose_token(
+        logits, *stats, temperatures, torch.empty(rows, dtype=torch.int64, device=META), positions, tokens,
+        torch.empty(4, rows, dtype=torch.int32, device=META), steps, dependent=True,
     )  # fmt: skip
 
 

@@ -8,25 +8,43 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = SCRIPT.parents[2]
-KERNELS = {
-    "rms_norm_linear._vector_kernel", "rms_norm_linear._tiled_kernel", "qk_norm_rope_cache._kernel",
-    "paged_attention._kernel", "paged_attention._combine", "silu_mul._kernel", "write_kv._kernel",
-}  # fmt: skip
+DEPENDENT = {
+    "decode_attention.decode_attention_kernel",
+    "decode_head.decode_head_kernel",
+    "decode_linear.decode_linear_tiled_kernel",
+    "decode_linear.decode_linear_vector_kernel",
+    "embed_rows.embed_rows_kernel",
+    "sample.choose_token_kernel",
+    "sample.tile_stats_kernel",
+}
+"""Kernels of a decode step, which wait for one another where the GPU can."""
+KERNELS = DEPENDENT | {
+    "paged_attention.paged_attention_combine_kernel",
+    "paged_attention.paged_attention_kernel",
+    "qk_norm_rope_cache.qk_norm_rope_cache_kernel",
+    "rms_norm_linear.rms_norm_linear_tiled_kernel",
+    "rms_norm_linear.rms_norm_linear_vector_kernel",
+    "silu_mul.silu_mul_kernel",
+    "write_kv.write_kv_kernel",
+}
 
 
 def test_kernels_compile():
     """In processes of their own: the interpreter's `triton.jit` of this one does not compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    processes = [
-        subprocess.Popen(
+    processes = {
+        capability: subprocess.Popen(
             [sys.executable, str(SCRIPT), capability, str(shared_bytes)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for capability, shared_bytes in (("90", 227 * 1024), ("80", 163 * 1024))
-    ]  # fmt: skip
-    for process in processes:
+    }  # fmt: skip
+    for capability, process in processes.items():
         output, errors = process.communicate(timeout=280)
         assert process.returncode == 0, errors[-4000:]
-        compiled = {json.loads(line)["kernel"].removeprefix("kernels.") for line in output.splitlines()}
-        assert compiled == KERNELS
+        compiled = [json.loads(line) for line in output.splitlines()]
+        assert {kernel["kernel"].removeprefix("kernels.") for kernel in compiled} == KERNELS
+        for kernel in compiled:
+            depends = capability == "90" and kernel["kernel"].removeprefix("kernels.") in DEPENDENT
+            assert kernel["waits"] == depends, (capability, kernel)

@@ -46,17 +46,17 @@ class Attention(nn.Module):
         self.o_proj = output_linear(heads * dim, config)
 
     def forward(self, hidden: Tensor, positions: Tensor, context: StepContext) -> Tensor:
-        return self.attend(self.qkv_proj(hidden), positions, context)
+        return self.o_proj(self.attend(self.qkv_proj(hidden), positions, context))
 
     def attend(self, qkv: Tensor, positions: Tensor, context: StepContext) -> Tensor:
-        """From the joint projection [tokens, q + k + v] on."""
+        """[tokens, q + k + v] → [tokens, heads · dim]: all that lies between the projections."""
         q, k, v = qkv.split(self.qkv_proj.part_sizes, -1)
         q, k, v = q.unflatten(-1, (-1, self.dim)), k.unflatten(-1, (-1, self.dim)), v.unflatten(-1, (-1, self.dim))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
         q, k = self.rotary(positions, q, k)
         self.kv_write(k, v, context)
-        return self.o_proj(self.attention(q, k, v, context))
+        return self.attention(q, k, v, context)
 
 
 class Rotation(nn.Module):
@@ -156,7 +156,7 @@ class Body(nn.Module):
         hidden, residual = self.embed_tokens(token_ids), None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, positions, context)
-        return self.norm(hidden, residual)[0]
+        return self.norm(hidden) if residual is None else self.norm(hidden, residual)[0]
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,143 @@
+"""nano's runner with the decode step on the device: a step can be launched before the one before it was read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from engines.base import EngineConfig, HostPhases, Probe, Site, TraceMode
+from engines.fused.decode import DecodeGraphs, DecodeStep
+from engines.fused.features import FusedOptions, fallbacks
+from engines.fused.layers import FusedLayer
+from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
+from engines.fused.state import DecodeState, Flight
+from engines.nano.graphs import BATCH_SIZES
+from engines.nano.layers.sampler import SamplingBatch, keep_likely
+from engines.nano.model_runner import ModelRunner
+from engines.nano.prefill import PrefillInputs
+from engines.nano.sequence import Sequence
+from kernels.decode_attention import workspace
+
+
+class FusedRunner(ModelRunner):
+    """`run` is nano's; `launch` starts a decode step and leaves its tokens to be read later."""
+
+    def __init__(self, config: EngineConfig, options: FusedOptions) -> None:
+        self.options = options
+        self.watched = False  # a probe is attached, which looks at one step at a time
+        super().__init__(config, options, lambda _runner: self._fuse())
+
+    def _fuse(self) -> None:
+        """Put the fused layers in place of nano's, once the weights are there."""
+        reasons = fallbacks(self.model_config, self.device)
+        self.fallbacks = {feature: reasons[feature] for feature in self.options.features if feature in reasons}
+        self.features = frozenset(self.options.features) - self.fallbacks.keys()
+        self.model.model.layers = nn.ModuleList(
+            FusedLayer(layer, self.features, self.options.max_fused_prefill_rows) for layer in self.model.layers
+        )
+        self.kernels = "triton" if kernels.runs_triton(self.model.lm_head.matrix) else "reference"
+
+    def _make_buffers(self) -> DecodeState:
+        c = self.model_config
+        self.state = DecodeState(self.config.max_num_seqs, self.max_blocks, self.device)
+        shared = workspace(self.config.max_num_seqs, c.num_heads, c.head_dim, self.device)
+        for layer in self.model.layers:
+            layer.workspace = shared
+        self.step = DecodeStep(self.model, self.state, self.features, self.block_size)
+        return self.state
+
+    @property
+    def sites(self) -> list[tuple[Site, nn.Module]]:
+        ours = self.step.sites()
+        return [*ours, *[(site, module) for site, module in super().sites if site.block in ("embed", "sample")]]
+
+    @torch.inference_mode()
+    def launch(self, sequences: list[Sequence], unread: Flight | None = None) -> Flight:
+        """Draw the next token of each of `sequences`; those in `unread` go on from the token that is drawn there."""
+        self.state.arrange(sequences, unread)
+        logits = self._decode(len(sequences), max(len(s) for s in sequences) + 1)
+        if any(s.sampling.top_k > 0 or s.sampling.top_p < 1 for s in sequences):
+            self._draw_again(sequences, logits)
+        flight = self.state.take_off()
+        if self.keep_logits:
+            self.kept_logits = logits.to("cpu", torch.float32, copy=True)  # the next step writes to the same memory
+        return flight
+
+    def run(self, sequences: list[Sequence], is_prefill: bool) -> list[int]:
+        return super().run(sequences, True) if is_prefill else self.launch(sequences).read()
+
+    def _decode(self, rows: int, longest: int) -> Tensor:
+        if self.graphs is not None and rows <= self.graphs.largest:
+            return self.graphs.replay(rows)
+        return self.step(rows, longest)
+
+    def _prefill(self, inputs: PrefillInputs) -> Tensor:
+        graphs = self.graphs.prefill if self.graphs is not None else None
+        return graphs.run(inputs) if graphs is not None and graphs.fits(inputs) else super()._prefill(inputs)
+
+    def _draw_again(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Some rows want top_k or top_p, which the step knows nothing of: draw once more from what they leave."""
+        rows, s = len(sequences), self.state
+        # The step has moved the state on; this is the draw that it made.
+        self._choose(sequences, logits, s.positions[:rows] - 1, s.tokens[:rows], s.ring, s.steps[:rows] - 1)
+
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+        """Tokens after a prefill: drawn as in decode, so that a request's tokens depend on its seed alone."""
+        positions = self._put([len(s) - 1 for s in sequences], torch.int32)
+        tokens, steps = torch.empty_like(positions), torch.zeros_like(positions)
+        self._choose(sequences, logits, positions, tokens, tokens.new_empty(1, len(sequences)), steps)
+        return tokens
+
+    def _choose(
+        self, sequences: list[Sequence], logits: Tensor, positions: Tensor, tokens: Tensor, ring: Tensor, steps: Tensor
+    ) -> None:
+        batch = SamplingBatch.of([(s.sampling, 0) for s in sequences], self.model_config.vocab_size, self.device)
+        temperatures = batch.temperatures
+        if temperatures is None:
+            temperatures = torch.zeros(len(sequences), device=self.device)
+        if batch.top_k is not None or batch.top_p is not None:
+            hot = torch.where(temperatures == 0, 1.0, temperatures)
+            logits = keep_likely(logits.float() / hot.unsqueeze(1), batch.top_k, batch.top_p)
+            temperatures = (temperatures > 0).float()  # the logits are divided already
+        seeds = self._put([s.seed for s in sequences], torch.int64)
+        sums = kernels.tile_stats(logits, temperatures)
+        kernels.choose_token(logits, *sums, temperatures, seeds, positions, tokens, ring, steps)
+
+    def _put(self, values: list[int], dtype: torch.dtype) -> Tensor:
+        host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
+
+    def _capture(self) -> Any:
+        largest = min(self.config.max_num_seqs, BATCH_SIZES[-1])
+        sizes = [size for size in BATCH_SIZES if size < largest] + [largest]
+        graphs = DecodeGraphs(self.step, sizes, self.max_model_len)
+        if "prefill_graphs" in self.features and not self.watched:
+            tokens = token_sizes(self.config.max_num_batched_tokens)
+            sequences = min(MAX_SEQUENCES, self.config.max_num_seqs)
+            buffers = PrefillBuffers(tokens, sequences, self.max_blocks, self.device)
+            graphs.prefill = PrefillGraphs(self.model, buffers, pool=graphs.pool)
+        return graphs
+
+    def host_phases(self) -> HostPhases:
+        return {
+            "prepare": [(self.state, "arrange"), (self, "_inputs")],
+            "launch": [(self, "_prefill"), (self, "_decode")],
+            "sample": [(self, "_draw")],
+        }
+
+    def attach(self, probe: Probe, mode: TraceMode) -> None:
+        self.watched = True
+        super().attach(probe, mode)
+
+    def detach(self) -> None:
+        super().detach()
+        self.watched = False
+
+    def close(self) -> None:
+        super().close()
+        for name in ("step", "state"):
+            if hasattr(self, name):
+                delattr(self, name)

@@ -1,0 +1,227 @@
+"""Times decode_attention's launches on this machine's GPU, beside FlashAttention 3 after `qk_norm_rope_cache`.
+
+    python -m kernels._tune_attention [--rows 1,16,256] [--contexts 128-256,1024,4096] [--max-context 4096] [--all]
+
+Each launch is checked against the reference once (its output and workspace full of NaN before), then timed as a
+captured graph of dependent launches over many layers' caches, more than the L2 holds: `alone` one after the other,
+`chained` each after the layer's qkv projection, less what the projections take by themselves. That is what it costs in
+an engine, where the first keys are loaded while the projection ends. Without `--all` only some candidates, the default
+among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import choices, decode_linear, qk_norm_rope_cache
+from kernels._triton import triton
+from kernels.decode_attention import Launch, candidates, decode_attention, default_launch, reference, workspace
+
+LAYERS = 28
+CACHE_BYTES = 256 << 20
+"""At least so much cache in one graph: several times the largest L2."""
+BLOCK_SIZE = 256
+HIDDEN = 1024
+EPS = 1e-6
+REPLAYS = 11
+TOLERANCE = 1e-2
+
+
+class Heads(NamedTuple):
+    """A model's attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+QWEN3_06B = Heads(16, 8, 128)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One launch (or, by name, another way): µs per layer, GB/s of cache read alone, relative error."""
+
+    launch: Launch | str
+    alone_us: float
+    chained_us: float
+    gb_s: float
+    error: float
+
+
+class Bench:
+    """`rows` random contexts with lengths spread evenly over `context` (from, to), in as many layers as needed."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        rows: int,
+        context: tuple[int, int],
+        heads: Heads = QWEN3_06B,
+        max_context: int = 4096,
+    ) -> None:
+        self.device, self.rows, self.shape, self.max_context = device, rows, heads, max_context
+        low, high = context
+        lengths = torch.linspace(low, high, rows).round().int() if rows > 1 else torch.tensor([(low + high) // 2]).int()
+        self.lengths = lengths[torch.randperm(rows)].to(device)
+        token_bytes = 2 * heads.kv_heads * heads.head_dim * 2
+        self.cache_bytes = int(self.lengths.sum()) * token_bytes
+        blocks = -(-high // BLOCK_SIZE)
+        layers = max(LAYERS, -(-CACHE_BYTES // (rows * blocks * BLOCK_SIZE * token_bytes)))
+        size = (layers, 2, rows * blocks, BLOCK_SIZE, heads.kv_heads, heads.head_dim)
+        self.caches = torch.empty(size, dtype=torch.bfloat16, device=device)
+        for cache in self.caches:
+            cache.normal_()
+        self.tables = torch.zeros(rows, max_context // BLOCK_SIZE, dtype=torch.int32, device=device)
+        self.tables[:, :blocks] = torch.randperm(rows * blocks).view(rows, blocks)
+        # `positions` is the place of the new token: the context counts it.
+        self.positions = self.lengths - 1
+        width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
+        self.x = torch.randn(rows, HIDDEN, device=device).bfloat16()
+        self.gammas = torch.rand(2, heads.head_dim, device=device).add_(0.5).bfloat16()
+        weights = torch.randn(LAYERS, width, HIDDEN, device=device, dtype=torch.bfloat16).mul_(HIDDEN**-0.5)
+        self.weights = [weights[layer % LAYERS] for layer in range(layers)]
+        self.qkv = self._project(self.weights[0])
+        angle = torch.rand(max_context, heads.head_dim // 2, device=device) * 6
+        self.cos_sin = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        self.space = workspace(rows, heads.heads, heads.head_dim, device)
+        self.expected = reference(*self.arguments(self.qkv, self.caches[0].clone())).float()
+        self.projections_us = self._graph_us([partial(self._project, weight) for weight in self.weights])
+
+    def _project(self, weight: Tensor) -> Tensor:
+        return decode_linear(self.x, weight, dependent=True)
+
+    def _layer(self, attend: Callable[[Tensor, Tensor], Tensor], weight: Tensor, cache: Tensor) -> Tensor:
+        return attend(self._project(weight), cache)
+
+    def arguments(self, qkv: Tensor, cache: Tensor) -> tuple[Any, ...]:
+        """Of `decode_attention` and its reference."""
+        return (
+            qkv, *self.gammas, self.cos_sin, self.positions, self.tables, cache[0], cache[1],
+            *self.shape, EPS, self.shape.head_dim**-0.5,
+        )  # fmt: skip
+
+    def _ours(self, launch: Launch) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda qkv, cache: decode_attention(
+            *self.arguments(qkv, cache), workspace=self.space, dependent=True, launch=launch
+        )
+
+    def flash_attention_3(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Norm, rotation and write, then attention as vLLM bundles it; None where that is not installed."""
+        try:
+            from vllm.vllm_flash_attn import flash_attn_varlen_func
+        except ImportError:
+            return None
+        slots = self.tables.gather(1, (self.positions // BLOCK_SIZE).long()[:, None])[:, 0] * BLOCK_SIZE
+        slots = slots + self.positions % BLOCK_SIZE
+        starts = torch.arange(self.rows + 1, dtype=torch.int32, device=self.device)
+
+        def attend(qkv: Tensor, cache: Tensor) -> Tensor:
+            q: Any = qk_norm_rope_cache(
+                qkv, self.gammas[0], self.gammas[1], self.cos_sin, self.positions, slots, cache[0], cache[1],
+                *self.shape, EPS,
+            )  # fmt: skip
+            out = flash_attn_varlen_func(
+                q, cache[0], cache[1], max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=self.max_context,
+                seqused_k=self.lengths, block_table=self.tables, softmax_scale=self.shape.head_dim**-0.5, causal=True,
+                fa_version=3,
+            )  # fmt: skip
+            return out.flatten(1)
+
+        return attend
+
+    def time(self, launch: Launch) -> Timed:
+        """Check, then time; triton's OutOfResources if the GPU cannot run it."""
+        self.space.parts.fill_(float("nan"))
+        self.space.lse.fill_(float("nan"))
+        return self.time_other(self._ours(launch), launch)
+
+    def time_other(self, attend: Callable[[Tensor, Tensor], Tensor], name: Launch | str) -> Timed:
+        """Any function of (qkv, cache) that gives o."""
+        cache = self.caches[0]
+        torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+        try:
+            out = attend(self.qkv, cache.clone()).float()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        error = ((out - self.expected).norm() / self.expected.norm()).item()
+        alone = self._graph_us([partial(attend, self.qkv, cache) for cache in self.caches])
+        layers = zip(self.weights, self.caches, strict=True)
+        both = self._graph_us([partial(self._layer, attend, weight, cache) for weight, cache in layers])
+        return Timed(name, alone, both - self.projections_us, self.cache_bytes / alone / 1000, error)
+
+    @staticmethod
+    def _graph_us(calls: Sequence[Callable[[], Any]]) -> float:
+        """Median µs of a call, all captured as one graph; the first call comes before the capture."""
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            calls[0]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+        graph.replay()
+        for start, end in events:
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return median(start.elapsed_time(end) for start, end in events) * 1000 / len(calls)
+
+
+def measure(
+    device: torch.device, rows: int, context: tuple[int, int], launches: Sequence[Launch], heads: Heads = QWEN3_06B,
+    max_context: int = 4096,
+) -> list[Timed]:  # fmt: skip
+    """Every launch that runs and is right, fastest in the chain first; FlashAttention 3, where installed, last."""
+    bench = Bench(device, rows, context, heads, max_context)
+    found = []
+    for launch in launches:
+        try:
+            timed = bench.time(launch)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        if timed.error < TOLERANCE:
+            found.append(timed)
+        else:
+            print(f"wrong: rows {rows} context {context} {launch}: relative error {timed.error:.3g}")
+    found.sort(key=lambda timed: timed.chained_us)
+    flash = bench.flash_attention_3()
+    return [*found, bench.time_other(flash, "qk_norm_rope_cache + FlashAttention 3")] if flash else found
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,16,256")
+    parser.add_argument("--contexts", default="128-256,1024")
+    parser.add_argument("--max-context", type=int, default=4096)
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    device = torch.device("cuda")
+    heads = QWEN3_06B
+    print(f"{'rows':>5} {'context':>9} {'alone µs':>9} {'chained':>8} {'GB/s':>6} {'error':>8}  launch")
+    with choices.none_chosen():
+        for rows in map(int, options.rows.split(",")):
+            launches = candidates(rows, *heads, options.max_context)
+            if not options.all:
+                launches = [default_launch(rows, *heads, options.max_context), *launches[1::4]]
+            for text in options.contexts.split(","):
+                low, _, high = text.partition("-")
+                for t in measure(device, rows, (int(low), int(high or low)), launches, heads, options.max_context):
+                    times = f"{t.alone_us:9.2f} {t.chained_us:8.2f} {t.gb_s:6.0f}"
+                    print(f"{rows:5} {text:>9} {times} {t.error:8.1e}  {t.launch}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

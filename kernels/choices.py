@@ -1,0 +1,67 @@
+"""Launches measured on a GPU, as data: `choices/<gpu>.json`, written by `python -m kernels.tune`.
+
+One file per GPU holds, per kernel, shape keys and what ran fastest there: the fields of that kernel's `Launch`, or
+`{"path": "cublas"}` where a library's product and separate kernels won. A GPU without a file, or a shape without an
+entry, gets the kernel's own default. `none_chosen()` makes every GPU such a GPU, for tests of the defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).with_name("choices")
+_ignored = False
+
+
+def gpu_slug(device: torch.device) -> str:
+    """The GPU's name as a file name: "NVIDIA H200" → "nvidia-h200"."""
+    name = torch.cuda.get_device_name(device).lower()
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+@lru_cache
+def _table(device: torch.device) -> dict[str, dict[str, dict[str, Any]]]:
+    file = FOLDER / f"{gpu_slug(device)}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["choices"] if file.exists() else {}
+
+
+def chosen(kernel: str, key: str, device: torch.device) -> dict[str, Any] | None:
+    """What was measured fastest for `kernel` at shape `key` on this GPU; None where nothing was measured."""
+    if _ignored or device.type != "cuda":
+        return None
+    return _table(device).get(kernel, {}).get(key)
+
+
+@contextmanager
+def none_chosen() -> Iterator[None]:
+    """Inside the `with` block no measured choice is used, in the whole process."""
+    global _ignored
+    before, _ignored = _ignored, True
+    try:
+        yield
+    finally:
+        _ignored = before
+
+
+def save(device: torch.device, choices: dict[str, dict[str, dict[str, Any]]], facts: dict[str, Any]) -> Path:
+    """Merge `choices` into this GPU's file, under `facts` (versions, date); the path of the file."""
+    file = FOLDER / f"{gpu_slug(device)}.json"
+    merged = json.loads(file.read_text(encoding="utf-8"))["choices"] if file.exists() else {}
+    for kernel, entries in choices.items():
+        merged.setdefault(kernel, {}).update(entries)
+    lines = []
+    for kernel, entries in sorted(merged.items()):
+        inside = ",\n".join(f"      {json.dumps(key)}: {json.dumps(entries[key])}" for key in entries)
+        lines.append(f"    {json.dumps(kernel)}: {{\n{inside}\n    }}")
+    text = ",\n".join(lines)
+    FOLDER.mkdir(exist_ok=True)
+    file.write_text(f'{{\n  "facts": {json.dumps(facts)},\n  "choices": {{\n{text}\n  }}\n}}\n', encoding="utf-8")
+    _table.cache_clear()
+    return file

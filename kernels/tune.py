@@ -1,0 +1,577 @@
+"""Measures how decode's kernels run best on this machine's GPU and writes `choices/<gpu>.json`.
+
+    python -m kernels.tune [--quick] [--model qwen3-0.6b] [--rows 1,16] [--ops qkv,o,gate_up,down,head,attention]
+                           [--dry-run]
+
+Each candidate is checked against the reference (its output poisoned with NaN before) and timed as a captured graph of
+dependent launches over as many weight matrices as the model has layers, so that the L2 does not hold them: the
+median of some replays. cuBLAS with separate norm and activation, and rms_norm_linear where it fits, run beside them in
+the same way; where cuBLAS wins, the choice says so. For few rows the best are then tried together, in the chain of all
+layers and the head, because a kernel's neighbours share the multiprocessors with it.
+
+Attention is timed after the projection before it, whose time is taken off again, at short and at long contexts: one
+launch serves all lengths, and the best is that of the least product of both times.
+
+Kernels are compiled first, by many processes, into Triton's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import (
+    choices,
+    decode_attention,
+    decode_head,
+    decode_linear,
+    rms_norm_gate_up_silu,
+    rms_norm_linear,
+    silu_mul,
+    tile_stats,
+)
+from kernels._triton import triton
+from kernels._tune_attention import Heads, Timed, measure
+from kernels.decode_attention import Launch as AttentionLaunch
+from kernels.decode_attention import candidates as attention_candidates
+from kernels.decode_attention import shape_key as attention_key
+from kernels.decode_attention import workspace
+from kernels.decode_head import Launch as HeadLaunch
+from kernels.decode_head import default_launch as default_head
+from kernels.decode_head import reference as head_reference
+from kernels.decode_head import shape_key as head_key
+from kernels.decode_linear import Launch, default_launch, reference, shape_key
+from kernels.sample import TILE
+
+EPS = 1e-6
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+QUICK_ROWS = (1, 16, 64)
+HEAD_ROWS = 16
+"""Above, the engine uses cuBLAS and `tile_stats`."""
+VECTOR_ROWS = 8
+MAX_CONTEXT = 4096
+ATTENTION_TRIES = 8
+"""How many of the fastest at short contexts are timed at long ones."""
+CHAIN_ROWS = 16
+"""Up to here the choices are tried together, in the whole chain."""
+REPLAYS = 11
+WORKERS = 14
+TOLERANCE = 1e-2
+HEAD_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Op:
+    """One product of a layer: `out` columns of output from `k` of input."""
+
+    name: str
+    out: int
+    k: int
+    norm: bool = False
+    gated: bool = False
+    residual: bool = False
+
+    @property
+    def weight_rows(self) -> int:
+        return self.out * 2 if self.gated else self.out
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight_rows * self.k * 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a model's shape its products depend on."""
+
+    layers: int
+    hidden: int
+    inter: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    def ops(self) -> list[Op]:
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return [
+            Op("qkv", wide + 2 * narrow, self.hidden, norm=True),
+            Op("o", self.hidden, wide, residual=True),
+            Op("gate_up", self.inter, self.hidden, norm=True, gated=True),
+            Op("down", self.hidden, self.inter, residual=True),
+        ]
+
+
+MODELS = {
+    "qwen3-0.6b": Model(28, 1024, 3072, 16, 8, 128, 151936),
+    "qwen3-1.7b": Model(28, 2048, 6144, 16, 8, 128, 151936),
+    "qwen3-4b": Model(36, 2560, 9728, 32, 8, 128, 151936),
+    "qwen3-8b": Model(36, 4096, 12288, 32, 8, 128, 151936),
+    "qwen2.5-0.5b": Model(24, 896, 4864, 14, 2, 64, 151936),
+    "llama-3.2-1b": Model(16, 2048, 8192, 32, 8, 64, 128256),
+    "llama-3.1-8b": Model(32, 4096, 14336, 32, 8, 128, 128256),
+}
+
+
+def candidates(op: Op, rows: int, quick: bool) -> list[Launch]:
+    """Launches worth timing, the default first."""
+    found = [default_launch(rows, op.out, op.k, op.gated, 2)]
+    if rows <= VECTOR_ROWS:
+        found += _vector_candidates(op)
+    if rows >= 4:
+        found += _tiled_candidates(op, rows, quick)
+    return list(dict.fromkeys(found))
+
+
+def _vector_candidates(op: Op) -> Iterable[Launch]:
+    """4 to 16 KiB of W per warp: 32 to 128 registers of each thread."""
+    row_bytes = op.k * 2 * (2 if op.gated else 1)
+    for num_warps in (1, 2, 4):
+        for block_n in (1, 2, 4, 8):
+            if 4096 <= block_n * row_bytes / num_warps <= 16384:
+                yield Launch("vector", block_n, 256 * num_warps, num_warps)
+
+
+def _tiled_candidates(op: Op, rows: int, quick: bool) -> Iterable[Launch]:
+    """Tiles of every height, with about 48 and about 128 KiB of loads under way, the sum over K in 1 to 4 parts."""
+    block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
+    splits = (1,) if op.norm else (1, 2, 4)
+    for block_n in (16, 32, 64, 128):
+        for block_k in (128,) if quick else (64, 128, 256):
+            stage = (block_n * (2 if op.gated else 1) + block_m) * block_k * 2
+            for shared_bytes in (96 << 10,) if quick else (48 << 10, 128 << 10):
+                num_stages = min(7, shared_bytes // stage)
+                for split_k in splits:
+                    programs = -(-op.out // block_n) * -(-rows // block_m) * split_k
+                    if num_stages >= 2 and 32 <= programs <= 1024 and op.k // split_k >= 2 * block_k:
+                        warps = 8 if block_n * block_m >= 128 * 128 else 4
+                        yield Launch("tiled", block_n, block_k, warps, block_m, num_stages, split_k)
+
+
+def head_candidates(quick: bool) -> list[HeadLaunch]:
+    """Launches of the head worth timing, the default first."""
+    found = [default_head(1024, 2)]
+    for block_k, num_stages in ((64, 4), (128, 3)) if quick else ((64, 3), (64, 4), (64, 5), (128, 3), (128, 5)):
+        for num_warps in (4, 8):
+            found += [HeadLaunch(block_k, num_warps, num_stages, ahead) for ahead in ((1,) if quick else (0, 2))]
+    return list(dict.fromkeys(found))
+
+
+class Bench:
+    """Random data of one op for some rows, and the calls to time over it."""
+
+    def __init__(self, op: Op, layers: int, device: torch.device) -> None:
+        self.op = op
+        self.weights = [
+            torch.randn(op.weight_rows, op.k, device=device).mul_(op.k**-0.5).bfloat16() for _ in range(layers)
+        ]
+        self.gamma = torch.rand(op.k, device=device).add_(0.5).bfloat16()
+        self.device = device
+
+    def prepare(self, rows: int) -> None:
+        """Fresh x and residual, and what the op makes of them with the first weights."""
+        self.x = torch.randn(rows, self.op.k, device=self.device).bfloat16()
+        self.stream = torch.randn(rows, self.op.out, device=self.device).bfloat16()
+        kept = self.stream.clone()
+        self.expected = reference(self.x, self.weights[0], **self._options(kept))
+
+    def _options(self, stream: Tensor) -> dict[str, Any]:
+        op = self.op
+        gamma = self.gamma if op.norm else None
+        return {"norm_weight": gamma, "eps": EPS, "residual": stream if op.residual else None, "gated": op.gated}
+
+    def fused(self, weight: Tensor, launch: Launch, stream: Tensor) -> Tensor:
+        return decode_linear(self.x, weight, **self._options(stream), dependent=True, launch=launch)
+
+    def cublas(self, weight: Tensor, stream: Tensor) -> Tensor:
+        x = F.rms_norm(self.x, (self.op.k,), self.gamma, EPS) if self.op.norm else self.x
+        if self.op.residual:
+            return stream.addmm_(x, weight.T)
+        y = F.linear(x, weight)
+        return silu_mul(y) if self.op.gated else y
+
+    def earlier(self, weight: Tensor) -> Any:
+        """The fused kernels that prefill uses too."""
+        function = rms_norm_gate_up_silu if self.op.gated else rms_norm_linear
+        return function(self.x, self.gamma, weight, EPS)
+
+    def error(self, launch: Launch) -> float:
+        """Relative error of a launch; NaN where it left something unwritten."""
+        stream = self.stream.clone()
+        out = poisoned(lambda: self.fused(self.weights[0], launch, stream))
+        return relative_error(out, self.expected)
+
+    def time_us(self, call: Callable[[Tensor], Any]) -> float:
+        """µs per call over all weights in turn."""
+        return time_graph_us([partial(call, weight) for weight in self.weights]) / len(self.weights)
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """Norm of the error over norm of the expected."""
+    return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def poisoned(call: Callable[[], Any]) -> Any:
+    """The call's result, where every torch.empty in it was full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return call()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def time_graph_us(calls: list[Callable[[], Any]]) -> float:
+    """Median µs of one replay of the calls, captured as a graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    graph.replay()
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in events) * 1000
+
+
+class HeadBench:
+    """Random data of the head; its one matrix is far larger than any L2."""
+
+    def __init__(self, hidden: int, vocab: int, device: torch.device) -> None:
+        self.hidden, self.vocab, self.device = hidden, vocab, device
+        self.gamma = torch.rand(hidden, device=device).add_(0.5).bfloat16()
+        self.weight = torch.randn(vocab, hidden, device=device, dtype=torch.bfloat16).mul_(hidden**-0.5)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.hidden * self.vocab * 2
+
+    def prepare(self, rows: int) -> None:
+        """Fresh x, and what the head makes of it."""
+        self.x = torch.randn(rows, self.hidden, device=self.device).bfloat16()
+        self.temperatures = torch.full((rows,), 0.6, device=self.device)
+        self.expected = head_reference(self.x, self.gamma, self.weight, EPS, self.temperatures)
+
+    def fused(self, launch: HeadLaunch) -> tuple[Tensor, Tensor, Tensor]:
+        return decode_head(self.x, self.gamma, self.weight, EPS, self.temperatures, dependent=True, launch=launch)
+
+    def cublas(self) -> Tensor:
+        """Norm, product and the statistics' kernel."""
+        logits = F.linear(F.rms_norm(self.x, (self.hidden,), self.gamma, EPS), self.weight)
+        tile_stats(logits, self.temperatures)
+        return logits
+
+    def error(self, launch: HeadLaunch) -> float:
+        """The greatest relative error of logits and statistics; NaN where something was left unwritten."""
+        out = poisoned(lambda: self.fused(launch))
+        errors = [relative_error(ours, theirs) for ours, theirs in zip(out, self.expected, strict=True)]
+        return sum(errors)  # max() would lose a NaN
+
+    def time_us(self, call: Callable[[], Any]) -> float:
+        return time_graph_us([call] * 4) / 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one op came to at some rows: candidates by time, fastest first, and what ran beside them."""
+
+    op: str
+    rows: int
+    key: str
+    weight_bytes: int
+    timed: list[tuple[float, Any]]
+    cublas_us: float
+    earlier_us: float | None
+
+    def choice(self, launch: Any, us: float) -> dict[str, Any]:
+        """The entry of the table of choices."""
+        beside = {"us": round(us, 2), "cublas_us": round(self.cublas_us, 2)}
+        return {"path": "cublas", **beside} if self.cublas_us < us else {"launch": _brief(launch), **beside}
+
+    def line(self) -> str:
+        us, launch = self.timed[0]
+        earlier = f"{self.earlier_us:9.2f}" if self.earlier_us is not None else " " * 9
+        bandwidth = self.weight_bytes / min(us, self.cublas_us) / 1000
+        text = " ".join(f"{name}={value}" for name, value in _brief(launch).items())
+        return f"{self.rows:5} {self.op:8} {us:9.2f} {self.cublas_us:9.2f} {earlier} {bandwidth:7.0f}  {text}"
+
+
+HEADER = " rows op         ours µs cuBLAS µs earlier µs  GB/s  best launch"
+
+
+def _brief(launch: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    return {f.name: getattr(launch, f.name) for f in fields(launch) if getattr(launch, f.name) != f.default}
+
+
+def time_op(bench: Bench, rows: int, quick: bool, failures: list[str]) -> Found:
+    """All candidates of one op."""
+    op = bench.op
+    bench.prepare(rows)
+    stream = bench.stream.clone()  # timing adds to it over and over
+    timed = []
+    for launch in candidates(op, rows, quick):
+        try:
+            error = bench.error(launch)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        if not error < TOLERANCE:
+            failures.append(f"{op.name} rows {rows} {launch}: relative error {error:.3g}")
+            continue
+        timed.append((bench.time_us(partial(bench.fused, launch=launch, stream=stream)), launch))
+    timed.sort(key=lambda pair: pair[0])
+    earlier = bench.time_us(bench.earlier) if op.norm else None
+    cublas = bench.time_us(partial(bench.cublas, stream=stream))
+    return Found(op.name, rows, shape_key(rows, op.out, op.k, op.gated), op.weight_bytes, timed, cublas, earlier)
+
+
+def time_head(bench: HeadBench, rows: int, quick: bool, failures: list[str]) -> Found:
+    """All candidates of the head."""
+    bench.prepare(rows)
+    timed = []
+    for launch in head_candidates(quick):
+        try:
+            error = bench.error(launch)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        if not error < HEAD_TOLERANCE:
+            failures.append(f"head rows {rows} {launch}: relative error {error:.3g}")
+            continue
+        timed.append((bench.time_us(partial(bench.fused, launch)), launch))
+    timed.sort(key=lambda pair: pair[0])
+    key = head_key(rows, bench.vocab, bench.hidden)
+    return Found("head", rows, key, bench.weight_bytes, timed, bench.time_us(bench.cublas), None)
+
+
+class Chain:
+    """The products of all layers and the head as one graph: what a step takes at least, attention left out."""
+
+    def __init__(self, benches: dict[str, Bench], head: HeadBench, rows: int) -> None:
+        self.benches, self.head = benches, head
+        new = lambda columns: torch.randn(rows, columns, device=head.device).bfloat16()  # noqa: E731
+        self.hidden, self.attended = new(benches["qkv"].op.k), new(benches["o"].op.k)
+        head.prepare(rows)
+
+    def calls(self, launches: dict[str, Any], same_layer: bool = False) -> list[Callable[[], Any]]:
+        """The step's launches, in order; `same_layer`: the first layer's weights in every layer."""
+        qkv, o, gate_up, down = (self.benches[name] for name in ("qkv", "o", "gate_up", "down"))
+
+        def layer(i: int) -> None:
+            self._run(qkv, launches, self.hidden, qkv.weights[i])
+            self._run(o, launches, self.attended, o.weights[i], self.hidden)
+            inter = self._run(gate_up, launches, self.hidden, gate_up.weights[i])
+            self._run(down, launches, inter, down.weights[i], self.hidden)
+
+        layers = [partial(layer, 0 if same_layer else i) for i in range(len(qkv.weights))]
+        return [*layers, partial(self._run_head, launches)]
+
+    def _run(self, bench: Bench, launches: dict[str, Any], x: Tensor, weight: Tensor, stream: Any = None) -> Tensor:
+        return decode_linear(
+            x, weight, norm_weight=bench.gamma if bench.op.norm else None, eps=EPS, residual=stream,
+            gated=bench.op.gated, dependent=True, launch=launches[bench.op.name],
+        )  # fmt: skip
+
+    def _run_head(self, launches: dict[str, Any]) -> None:
+        self.head.x = self.hidden
+        self.head.fused(launches["head"])
+
+    def time_us(self, launches: dict[str, Any], same_layer: bool = False) -> float:
+        self.hidden.normal_()
+        return time_graph_us(self.calls(launches, same_layer))
+
+
+def settle_in_chain(chain: Chain, found: dict[str, Found], tries: int) -> tuple[dict[str, Any], float]:
+    """From each op's own best, take another of its `tries` best wherever the whole chain gets faster by it."""
+    launches = {name: result.timed[0][1] for name, result in found.items()}
+    best = chain.time_us(launches)
+    for name, result in found.items():
+        for _, launch in result.timed[1:tries]:
+            us = chain.time_us({**launches, name: launch})
+            if us < best * 0.998:  # not for what the next run may turn around
+                launches, best = {**launches, name: launch}, us
+    return launches, best
+
+
+def time_attention(model: Model, rows: int) -> tuple[str, list[Timed], Timed | None]:
+    """(key, launches timed at short and at long contexts, best first; FlashAttention 3 at short ones, if there)."""
+    heads, device = Heads(model.heads, model.kv_heads, model.head_dim), torch.device("cuda")
+    short, long = (128, 256), (1024, 2048) if rows <= 16 else (512, 768)
+    found = measure(device, rows, short, attention_candidates(rows, *heads, MAX_CONTEXT), heads)
+    beside = [t for t in found if isinstance(t.launch, str)]
+    best = [t for t in found if not isinstance(t.launch, str)]
+    again = {
+        t.launch: t
+        for t in measure(
+            device,
+            rows,
+            long,
+            [t.launch for t in best[:ATTENTION_TRIES] if isinstance(t.launch, AttentionLaunch)],
+            heads,
+        )
+    }
+    best = [t for t in best if t.launch in again]
+    best.sort(key=lambda t: t.chained_us * again[t.launch].chained_us)
+    for t in best[:1]:
+        print(
+            f"{rows:5} attention chained {t.chained_us:6.2f} alone {t.alone_us:6.2f} µs {t.gb_s:5.0f} GB/s, long "
+            f"{again[t.launch].chained_us:6.2f} {again[t.launch].gb_s:5.0f}; fastest short {found[0].chained_us:6.2f}; "
+            + " ".join(f"{name}={value}" for name, value in _brief(t.launch).items())
+            + "".join(f"; {b.launch} {b.chained_us:.2f}, {b.alone_us:.2f}" for b in beside),
+            flush=True,
+        )
+    return attention_key(rows, *heads), best, beside[0] if beside else None
+
+
+def _compile(jobs: list[tuple[Op | Model, int, Any]]) -> None:
+    """In a process of its own: launch each job once, which leaves its kernel in Triton's cache."""
+    device = torch.device("cuda")
+    for subject, rows, launch in jobs:
+        bench: Any
+        if isinstance(launch, AttentionLaunch):
+            call = partial(_attend_once, subject, launch)
+        elif isinstance(subject, Op):
+            bench = Bench(subject, 1, device)
+            bench.prepare(rows)
+            call = partial(bench.fused, bench.weights[0], launch, bench.stream)
+        else:
+            bench = HeadBench(subject.hidden, 16 * TILE, device)
+            bench.prepare(rows)
+            call = partial(bench.fused, launch)
+        with suppress(triton.runtime.errors.OutOfResources):  # found again, and left out, when it is timed
+            call()
+    torch.cuda.synchronize()
+
+
+def _attend_once(model: Any, launch: AttentionLaunch) -> None:
+    """On a cache of one block, whose contents do not matter."""
+    heads, kv_heads, dim = model.heads, model.kv_heads, model.head_dim
+    new = lambda *shape: torch.zeros(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    numbers = torch.zeros(1, MAX_CONTEXT // 256, dtype=torch.int32, device="cuda")
+    decode_attention(
+        new(1, (heads + 2 * kv_heads) * dim), new(dim), new(dim), torch.zeros(MAX_CONTEXT, dim, device="cuda"),
+        numbers[0, :1], numbers, new(1, 256, kv_heads, dim), new(1, 256, kv_heads, dim), heads, kv_heads, dim, EPS,
+        dim**-0.5, workspace=workspace(1, heads, dim, torch.device("cuda")), dependent=True, launch=launch,
+    )  # fmt: skip
+
+
+def compile_all(
+    model: Model, ops: list[Op], rows: list[int], with_head: bool, with_attention: bool, quick: bool
+) -> int:
+    """Fill Triton's cache from several processes at once; how many kernels were asked for."""
+    jobs: dict[Any, tuple[Op | Model, int, Any]] = {}
+    for count in rows:
+        for op in ops:
+            for launch in candidates(op, count, quick):
+                # A vector kernel is compiled for its rows, a tiled one for any.
+                jobs.setdefault((op, launch, count if launch.kernel == "vector" else 0), (op, count, launch))
+        if with_attention:
+            for attention in attention_candidates(count, model.heads, model.kv_heads, model.head_dim, MAX_CONTEXT):
+                jobs.setdefault(attention, (model, 1, attention))
+        if with_head and count <= HEAD_ROWS:
+            for head_launch in head_candidates(quick):
+                jobs.setdefault((head_launch, count > 1), (model, count, head_launch))
+    work = list(jobs.values())
+    workers = min(WORKERS, max(1, (os.cpu_count() or 2) - 2))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(_compile, [work[i::workers] for i in range(workers)], chunksize=1)
+    return len(work)
+
+
+def main() -> None:
+    """See this module's docstring."""
+    parser = argparse.ArgumentParser(description="Measure how decode's products run best on this GPU.")
+    parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
+    parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=None)
+    parser.add_argument(
+        "--ops", type=lambda text: text.split(","), default=["qkv", "o", "gate_up", "down", "head", "attention"]
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rows and fewer candidates, under a minute")
+    parser.add_argument("--dry-run", action="store_true", help="print, but write no table of choices")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels.tune measures on an NVIDIA GPU, and there is none here.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    model = MODELS[arguments.model]
+    rows = arguments.rows or list(QUICK_ROWS if arguments.quick else ROWS)
+    ops = [op for op in model.ops() if op.name in arguments.ops]
+    with_head, with_attention = "head" in arguments.ops, "attention" in arguments.ops
+    start = time.perf_counter()
+    kernels_compiled = compile_all(model, ops, rows, with_head, with_attention, arguments.quick)
+    print(f"{kernels_compiled} kernels compiled in {time.perf_counter() - start:.0f} s", flush=True)
+
+    benches = {op.name: Bench(op, model.layers, device) for op in ops}
+    head_bench = HeadBench(model.hidden, model.vocab, device) if with_head else None
+    failures: list[str] = []
+    table: dict[str, dict[str, Any]] = {"decode_linear": {}, "decode_head": {}, "decode_attention": {}}
+    for count in rows if with_attention else []:
+        key, timed, beside = time_attention(model, count)
+        if timed:
+            entry = {"launch": _brief(timed[0].launch), "us": round(timed[0].chained_us, 2)}
+            table["decode_attention"][key] = entry | (
+                {"flash_attention_us": round(beside.chained_us, 2)} if beside else {}
+            )
+    print(HEADER)
+    for count in rows:
+        found: dict[str, Found] = {
+            name: time_op(bench, count, arguments.quick, failures) for name, bench in benches.items()
+        }
+        if head_bench and count <= HEAD_ROWS:
+            found["head"] = time_head(head_bench, count, arguments.quick, failures)
+        for result in found.values():
+            print(result.line(), flush=True)
+        launches: dict[str, Any] = {name: result.timed[0][1] for name, result in found.items()}
+        if len(found) == 5 and count <= CHAIN_ROWS:
+            assert head_bench is not None
+            chain = Chain(benches, head_bench, count)
+            alone_us = chain.time_us(launches)
+            launches, us = settle_in_chain(chain, found, 3 if arguments.quick else 6)
+            same_us = chain.time_us(launches, same_layer=True)
+            print(
+                f"{count:5} chain: {us / 1000:.3f} ms with {_differences(found, launches)}; each op's best alone "
+                f"{alone_us / 1000:.3f} ms; one layer's weights in all layers {same_us / 1000:.3f} ms",
+                flush=True,
+            )
+        for name, result in found.items():
+            us = next(us for us, launch in result.timed if launch == launches[name])
+            kernel = "decode_head" if name == "head" else "decode_linear"
+            table[kernel][result.key] = result.choice(launches[name], us)
+    for failure in failures:
+        print("WRONG", failure)
+    facts = {
+        "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    if not arguments.dry_run:
+        print("written:", choices.save(device, table, facts).name)
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    if failures:
+        raise SystemExit(1)
+
+
+def _differences(found: dict[str, Found], launches: dict[str, Any]) -> str:
+    """Which ops' launches in the chain are not their best alone."""
+    other = [f"{name} {_brief(launch)}" for name, launch in launches.items() if launch != found[name].timed[0][1]]
+    return ", ".join(other) or "each op's best alone"
+
+
+if __name__ == "__main__":
+    main()

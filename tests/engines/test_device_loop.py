@@ -1,0 +1,163 @@
+"""fused's decode loop: it runs ahead of the host, and nobody can tell from the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engines.base import Request, SamplingParams
+from engines.fused import LLM
+from engines.fused.state import DecodeState, Flight
+from engines.nano.sequence import Sequence
+from tests.engines import reference
+
+LENGTHS = (3, 17, 40)
+MANY = 20
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return reference.text_prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def expected(prompts):
+    return reference.greedy(prompts, MANY)
+
+
+def engine(**changes) -> LLM:
+    return LLM(reference.config(**changes))
+
+
+def tokens_of(llm, requests):
+    return [list(result.token_ids) for result in llm.serve(requests)]
+
+
+def test_the_next_step_is_launched_before_one_is_read(monkeypatch, prompts):
+    llm = engine()
+    ahead = []
+    read = Flight.read
+    monkeypatch.setattr(Flight, "read", lambda flight: ahead.append(llm._flight is not None) or read(flight))
+    llm.serve(reference.requests(prompts, 5))
+    assert ahead == [True, True, True, False]  # the last step is known to be the last
+
+
+def test_without_the_device_loop_each_step_is_read_first(monkeypatch, prompts, expected):
+    llm = engine(options={"features": ("attention", "norm_qkv")})
+    read = Flight.read
+
+    def alone(flight):
+        assert llm._flight is None
+        return read(flight)
+
+    monkeypatch.setattr(Flight, "read", alone)
+    assert tokens_of(llm, reference.requests(prompts, MANY)) == expected
+
+
+@pytest.mark.parametrize("at", [1, 2, 9])
+def test_a_stop_token_that_is_noticed_late_ends_the_request_there(prompts, expected, at):
+    stop = expected[0][at]
+    first = expected[0].index(stop)
+    sampling = SamplingParams(temperature=0.0, max_tokens=MANY, ignore_eos=True, stop_token_ids=(stop,))
+    plain = replace(sampling, stop_token_ids=())
+    requests = [Request(f"{i}", tuple(p), sampling if i == 0 else plain) for i, p in enumerate(prompts)]
+    llm = engine()
+    results = llm.serve(requests)
+    assert list(results[0].token_ids) == expected[0][: first + 1]
+    assert results[0].finish_reason == "stop"
+    assert [list(r.token_ids) for r in results[1:]] == expected[1:]
+    blocks = llm.scheduler.blocks
+    assert len(blocks.free) == blocks.num_blocks  # the surplus step's too
+
+
+def test_a_request_that_comes_while_a_step_is_in_the_air(prompts, expected):
+    llm = engine()
+    first, second, third = reference.requests(prompts, MANY)
+    tokens = {r.request_id: [] for r in (first, second, third)}
+    llm.add(first)
+    for step in range(200):
+        if step == 4:
+            llm.add(second)
+        if step == 9:
+            llm.add(third)
+        if not llm.has_unfinished():
+            break
+        llm.advance()
+        for name, token in llm.last_step().tokens:
+            tokens[name].append(token)
+    assert list(tokens.values()) == expected
+
+
+def test_aborted_in_the_air_and_its_place_taken(prompts, expected):
+    """The rows move up while a step for the old rows is still to be read."""
+    llm = engine(max_num_seqs=3)
+    requests = reference.requests(prompts, MANY)
+    for request in requests:
+        llm.add(request)
+    tokens = {r.request_id: [] for r in requests}
+    for step in range(200):
+        if step == 6:
+            llm.abort([requests[0].request_id])
+            llm.add(replace(requests[0], request_id="again"))
+            tokens["again"] = []
+        if not llm.has_unfinished():
+            break
+        llm.advance()
+        for name, token in llm.last_step().tokens:
+            tokens[name].append(token)
+    dropped = tokens.pop(requests[0].request_id)
+    assert 0 < len(dropped) < MANY and dropped == expected[0][: len(dropped)]
+    assert tokens == {requests[1].request_id: expected[1], requests[2].request_id: expected[2], "again": expected[0]}
+
+
+def test_draws_depend_on_seed_and_position_alone(prompts):
+    sampling = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True, seed=11)
+    alone = tokens_of(engine(), [Request("alone", tuple(prompts[1]), sampling)])[0]
+    others = [Request(f"{i}", tuple(p), replace(sampling, seed=i)) for i, p in enumerate(prompts)]
+    mixed = [others[0], Request("it", tuple(prompts[1]), sampling), *others[1:]]
+    assert tokens_of(engine(), mixed)[1] == alone
+    other_seed = tokens_of(engine(), [Request("alone", tuple(prompts[1]), replace(sampling, seed=12))])[0]
+    assert other_seed != alone
+
+
+def test_top_k_of_one_is_greedy_beside_requests_without_limits(prompts, expected):
+    hot = SamplingParams(temperature=3.0, max_tokens=MANY, ignore_eos=True, top_k=1)
+    free = replace(hot, top_k=0)
+    requests = [Request(f"{i}", tuple(p), free if i == 1 else hot) for i, p in enumerate(prompts)]
+    got = tokens_of(engine(), requests)
+    assert (got[0], got[2]) == (expected[0], expected[2])
+
+
+def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:
+    made = Sequence(Request(name, tuple(tokens), SamplingParams(temperature=0.5)))
+    made.block_table, made.seed = blocks, seed
+    return made
+
+
+def test_rows_follow_the_sequences():
+    """What the device holds after each arrangement, written down by hand."""
+    state = DecodeState(4, 3, torch.device("cpu"))
+    a, b, c = sequence("a", [5, 6], [0], 1 << 40), sequence("b", [7], [1], 3), sequence("c", [8, 9, 10], [2], -1)
+    state.arrange([a, b])
+    assert state.tokens.tolist() == [6, 7, 0, 0]
+    assert state.positions.tolist() == [1, 0, -1, -1]
+    assert state.seeds.tolist()[:2] == [1 << 40, 3]
+    assert state.temperatures.tolist()[:2] == [0.5, 0.5]
+    state.tokens[:2] = torch.tensor([60, 70])  # what the step draws
+    state.positions[:2] += 1
+    state.steps += 1
+    flight = state.take_off()
+    a.block_table = [0, 4]
+    state.arrange([a, b], flight)  # the same rows: nothing but the new block
+    assert state.tokens.tolist()[:2] == [60, 70] and state.positions.tolist()[:2] == [2, 1]
+    assert state.block_tables.tolist()[:2] == [[0, 4, 0], [1, 0, 0]]
+    second = state.take_off()
+    state.tokens[:2] = torch.tensor([61, 71])
+    b.token_ids.append(70)  # the first flight is read, the second is not
+    state.arrange([b, c], second)
+    assert state.tokens.tolist() == [71, 10, 0, 0]
+    assert state.positions.tolist() == [2, 2, -1, -1]
+    assert state.steps.tolist()[:2] == [2, 2]
+    assert state.block_tables[:2, 0].tolist() == [1, 2]

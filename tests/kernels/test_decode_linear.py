@@ -1,0 +1,177 @@
+"""decode_linear against float64: both kernels, odd shapes, everything that is fused, every launch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import FUSIONS, INTERPRETED, decode_linear
+from kernels.choices import chosen, none_chosen
+from kernels.decode_linear import Launch, best_launch, default_launch
+
+EPS = 1e-6
+# (rows, K, out): both kernels' defaults, both sides of their border, sizes that no block divides
+SHAPES = [(1, 64, 48), (1, 1000, 5), (2, 33, 7), (3, 96, 1), (4, 520, 6), (5, 64, 32), (17, 300, 21), (130, 72, 17)]
+
+
+def expected(x: Tensor, weight: Tensor, gamma=None, eps=EPS, bias=None, residual=None, gated=False) -> Tensor:
+    value = x.double()
+    if gamma is not None:
+        value = value / torch.sqrt((value**2).mean(-1, keepdim=True) + eps) * gamma.double()
+    y = value @ weight.double().T
+    if bias is not None:
+        y = y + bias.double()
+    if gated:
+        gate, up = y[:, : y.shape[1] // 2], y[:, y.shape[1] // 2 :]
+        y = gate * torch.sigmoid(gate) * up
+    return y if residual is None else y + residual.double()
+
+
+def inputs(randn, rows: int, k: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return randn(rows, k, dtype=dtype), randn(n, k, dtype=dtype, scale=k**-0.5), randn(k, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def defaults():
+    """What was measured for the GPU that runs the tests must not stand in for the defaults."""
+    with none_chosen():
+        yield
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product(shape, dtype, randn, assert_close):
+    rows, k, out = shape
+    x, weight, gamma = inputs(randn, rows, k, out, dtype)
+    kept = [tensor.clone() for tensor in (x, weight, gamma)]
+    y = decode_linear(x, weight)
+    assert y.dtype == dtype
+    assert_close(y, expected(x, weight))
+    assert_close(decode_linear(x, weight, norm_weight=gamma, eps=EPS), expected(x, weight, gamma))
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip((x, weight, gamma), kept, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_all_that_is_fused(shape, dtype, randn, assert_close):
+    """Gate, bias and residual at once: no model has it, and each by itself is a part of it."""
+    rows, k, out = shape
+    x, weight, gamma = inputs(randn, rows, k, 2 * out, dtype)
+    bias, residual = randn(2 * out, dtype=dtype), randn(rows, out, dtype=dtype)
+    options = {"norm_weight": gamma, "eps": EPS, "bias": bias, "gated": True}
+    y = expected(x, weight, gamma, EPS, bias, None, True)
+    assert_close(decode_linear(x, weight, **options), y)
+    stream, copy = residual.clone(), residual.clone()
+    assert decode_linear(x, weight, residual=stream, **options) is stream
+    assert_close(stream, y + residual.double())
+    FUSIONS["decode_linear"].reference(x, weight, residual=copy, **options)
+    assert_close(stream, copy)
+
+
+LAUNCHES = [
+    Launch("vector", 4, 32, 1), Launch("vector", 3 + 5, 128, 2), Launch("vector", 1, 64, 4),
+    Launch("tiled", 16, 32, 4, block_m=16, num_stages=2), Launch("tiled", 64, 16, 2, block_m=32, num_stages=3),
+    Launch("tiled", 32, 64, 4, block_m=128, num_stages=2, ahead=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_every_launch_computes_the_same(launch, gated, randn, assert_close):
+    x, weight, gamma = inputs(randn, 5, 160, 22, torch.float32)
+    y = decode_linear(x, weight, norm_weight=gamma, eps=EPS, gated=gated, launch=launch)
+    assert_close(y, expected(x, weight, gamma, gated=gated))
+
+
+@pytest.mark.parametrize("k", [128, 100])
+@pytest.mark.parametrize("split_k", [2, 3])
+def test_programs_share_a_sum(split_k, k, randn, assert_close):
+    """Twice with the same counters, which the first launch must have left as zeros."""
+    x, weight, _ = inputs(randn, 19, k, 40, torch.float32)
+    residual = randn(19, 40)
+    launch = Launch("tiled", 16, 16, 4, block_m=16, num_stages=2, split_k=split_k)
+    stream = residual.clone()
+    for times in (1, 2):
+        decode_linear(x, weight, residual=stream, launch=launch)
+        assert_close(stream, residual.double() + times * expected(x, weight))
+    with pytest.raises(ValueError, match="split_k takes no norm, no gate"):
+        decode_linear(x, weight, gated=True, launch=launch)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_float16_does_not_overflow(rows, randn, assert_close):
+    """gamma * x lies far beyond float16, the result does not."""
+    x, gamma = randn(rows, 64, dtype=torch.float16, scale=8000), randn(64, dtype=torch.float16, scale=30)
+    weight = randn(24, 64, dtype=torch.float16, scale=0.1)
+    assert_close(decode_linear(x, weight, norm_weight=gamma, eps=EPS), expected(x, weight, gamma))
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_large_eps_counts(rows, randn, assert_close):
+    x, weight, gamma = randn(rows, 40, scale=0.01), randn(24, 40), randn(40)
+    assert_close(decode_linear(x, weight, norm_weight=gamma, eps=0.5), expected(x, weight, gamma, eps=0.5))
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(14336, torch.float32), (33000, torch.float16)])
+def test_long_rows(k, dtype, randn, assert_close):
+    """Rows that take the registers of many warps, and rows that no program can hold."""
+    x, weight, gamma = inputs(randn, 1, k, 3, dtype)
+    assert_close(decode_linear(x, weight, norm_weight=gamma, eps=EPS), expected(x, weight, gamma))
+
+
+def test_default_launch_suits_the_shape():
+    """Few rows stay on the ordinary cores; enough programs for a large GPU; shared memory that every GPU has."""
+    for rows in (1, 3, 4, 5, 16, 32, 100, 512):
+        for out, k, gated in ((4096, 1024, False), (1024, 3072, False), (3072, 1024, True), (4096, 14336, False)):
+            launch = default_launch(rows, out, k, gated, 2)
+            assert launch.kernel == ("vector" if rows <= 4 else "tiled")
+            stage = (launch.block_n * (1 + gated) + launch.block_m) * launch.block_k * 2
+            if launch.kernel == "tiled":
+                assert launch.num_stages * stage <= 96 * 1024 and -(-out // launch.block_n) >= 64
+            else:
+                registers = launch.block_n * (1 + gated) * k * 2 / (launch.num_warps * 32 * 4)
+                assert registers <= 64
+
+
+def test_unknown_gpus_take_the_default():
+    assert chosen("decode_linear", "4096x1024 rows 1", torch.device("cpu")) is None
+    assert best_launch(1, 4096, 1024, False, 2, torch.device("cpu")) == default_launch(1, 4096, 1024, False, 2)
+
+
+def test_no_rows(randn):
+    assert decode_linear(randn(0, 32), randn(8, 32)).shape == (0, 8)
+
+
+def test_wrong_arguments(randn):
+    x, weight = randn(4, 32), randn(8, 32)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        decode_linear(x, randn(8, 31))
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        decode_linear(randn(32, 4).T, weight)
+    with pytest.raises(ValueError, match=r"norm_weight must have shape \(32,\), not \(31,\)"):
+        decode_linear(x, weight, norm_weight=randn(31))
+    with pytest.raises(ValueError, match=r"bias must have shape \(8,\)"):
+        decode_linear(x, weight, bias=randn(4), gated=True)
+    with pytest.raises(ValueError, match=r"residual must have shape \(4, 4\)"):
+        decode_linear(x, weight, residual=randn(4, 8), gated=True)
+    with pytest.raises(ValueError, match="as many gate rows as up rows"):
+        decode_linear(x, randn(7, 32), gated=True)
+
+
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 16, 40])
+def test_dependent_launches_compute_the_same(rows, randn):
+    """A chain of in-place layers, bit for bit, over and over: a read too early would differ sooner or later."""
+    hidden, inter = 1024, 3072
+    gate_up, down = randn(2 * inter, hidden, scale=0.03), randn(hidden, inter, scale=0.02)
+    gamma, start = randn(hidden).bfloat16(), randn(rows, hidden).bfloat16()
+    gate_up, down = gate_up.bfloat16(), down.bfloat16()
+
+    def chain(dependent: bool) -> Tensor:
+        stream = start.clone()
+        for _ in range(20):
+            y = decode_linear(stream, gate_up, norm_weight=gamma, eps=EPS, gated=True, dependent=dependent)
+            decode_linear(y, down, residual=stream, dependent=dependent)
+        return stream
+
+    plain = chain(False)
+    assert torch.isfinite(plain).all()
+    for _ in range(10):
+        assert torch.equal(chain(True), plain)
