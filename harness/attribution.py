@@ -8,7 +8,8 @@ two of them is known from the model's order of operations:
 
 Between qkv and o names decide where they say something; what they leave open belongs to all operations that fit there,
 joined with "+". An operation without a kernel of its own is done by the matrix product beside it: a norm by the one
-after, the activation by the one before. Every layer must come out with the same operations.
+after, the activation by the one before. So a decode step of the fused engine may mix, product by product, its own
+kernels with those of cuBLAS and separate norms. Every layer must come out with the same operations.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ BETWEEN_QKV_AND_O = ("qk_norm", "rope", "kv_write", "attention")
 _COPY = re.compile(r"Mem(cpy|set)\b")
 _READ_BACK = re.compile(r"Memcpy DtoH")
 _ATTENTION = re.compile(r"flash::|flash_(fwd|attn)|fmha|attention|attn")
-_PRODUCT = re.compile(r"nvjet|gemm|gemv|cublas|xmma|matmul|triton_tem|norm_linear|^_(vector|tiled)_kernel")
+_PRODUCT = re.compile(r"nvjet|gemm|gemv|cublas|xmma|matmul|triton_tem|norm_linear|decode_(linear|head)")
 _PRODUCT_TAIL = re.compile(r"splitK_?reduce", re.IGNORECASE)
-_EMBED = re.compile(r"indexSelect|index_select|gather|embedding")
+_MAY_NORM = re.compile(r"norm_linear|decode_(linear|head)")
+"""Matrix products that can do the norm before them too."""
+_ADD = re.compile(r"CUDAFunctor_add|fused_add_\d+$")
+_EMBED = re.compile(r"indexSelect|index_select|gather|embedding|embed_rows")
 _NORM = re.compile(r"norm|rsqrt")
 _ROPE = re.compile(r"rotary|rope|_cat_|_sin_|_cos_")
 _KV_WRITE = re.compile(r"cache|write_kv|kv_write")
@@ -59,7 +63,7 @@ def attribute(names: Sequence[str], num_layers: int, qk_norm: bool) -> list[Site
     if len(work) < len(names):
         placed = dict(zip(work, attribute([names[i] for i in work], num_layers, qk_norm), strict=True))
         return [placed[next((j for j in work if j >= i), work[-1])] for i in range(len(names))]
-    products = _products(names)
+    products = _with_residual_adds(names, _products(names))
     wanted = len(PROJECTIONS) * num_layers + 1
     if len(products) != wanted:
         raise NotDivisible(
@@ -88,6 +92,16 @@ def _products(names: Sequence[str]) -> list[range]:
         elif _PRODUCT.search(name) and not _ATTENTION.search(name):
             filled = i > 0 and names[i - 1].startswith("Memset")
             found.append(range(i - filled, i + 1))
+    return found
+
+
+def _with_residual_adds(names: Sequence[str], products: Sequence[range]) -> list[range]:
+    """Products with the sum into the residual stream after them, where it is a kernel of its own and no norm's part."""
+    found = list(products)
+    for i, (one, other) in enumerate(pairwise(products)):
+        between = names[one.stop : other.start]
+        if _MAY_NORM.search(names[other.stop - 1]) and all(map(_ADD.search, between)):
+            found[i] = range(one.start, other.start)
     return found
 
 

@@ -53,11 +53,17 @@ LAYERS = _table(
     _column(
         "kernels", pa.string(), "Names of the GPU kernels that ran, joined with '; ', where the source knows them."
     ),
-    _column("start_us", pa.float64(), "Start, from the step's start on; of cupti from its first kernel on.", unit="us"),
+    _column(
+        "start_us",
+        pa.float64(),
+        "Start, from the step's start on; of cupti from its first kernel's on, that of a kernel that waits included.",
+        unit="us",
+    ),
     _column(
         "latency_us",
         pa.float64(),
-        "Duration; an op's of cupti without gaps. Layers include ops.",
+        "Duration; of cupti only what lies after the end of all kernels that started before, an op's without gaps. "
+        "Layers include ops.",
         unit="us",
     ),
 )
@@ -109,6 +115,25 @@ ROUNDS = _table(
     _column("value", pa.float64(), "The block's median; null if it failed.", nullable=True),
     _column("status", pa.string(), "ok, or the reason why this block has no value."),
 )
+OPS = _table(
+    _column("run_id", pa.string(), "The run that measured this row."),
+    _column("op", pa.string(), "What was done, in the names that layers have."),
+    _column("variant", pa.string(), "Who did it, a name of conf/op."),
+    _column("shape", pa.string(), "Rows x rows of the weight x its columns."),
+    _column("rows", pa.int32(), "Rows of the input: tokens of the step."),
+    _column("dtype", pa.string(), "Of inputs, weights and output."),
+    _column("mode", pa.string(), "graph: many calls in one CUDA graph; eager: calls in a row."),
+    _column("source", pa.string(), "What took the time: cuda_event or host."),
+    _column("iteration", pa.int32(), "Number of the turn within the shape, from 0; equal ones ran next to each other."),
+    _column("latency_us", pa.float64(), "Time of one call; null if it failed.", unit="us", nullable=True),
+    _column("bytes", pa.int64(), "Inputs, weights and output, each moved once.", unit="bytes"),
+    _column("operations", pa.int64(), "Multiplications and additions of the product."),
+    _column("saved_bytes", pa.int64(), "Of intermediate tensors, neither written nor read.", unit="bytes"),
+    _column("error", pa.float64(), "Relative error to float32 throughout; null if it failed.", nullable=True),
+    _column("status", pa.string(), "ok, or the reason why this variant has no time."),
+)
 
-TABLES: dict[str, pa.Schema] = {"layers": LAYERS, "steps": STEPS, "requests": REQUESTS, "host": HOST, "rounds": ROUNDS}
+TABLES: dict[str, pa.Schema] = {
+    "layers": LAYERS, "steps": STEPS, "requests": REQUESTS, "host": HOST, "rounds": ROUNDS, "ops": OPS,
+}  # fmt: skip
 """Table name (its file is `<name>.parquet`) to schema."""

@@ -104,7 +104,7 @@ def pass_record(engine: Engine, shape: Shape, samples: Sequence[Sample], mode: s
 
 def kernels_record(samples: Sequence[KernelSample]) -> dict[str, Any]:
     """What `run.json` says of a shape's kernels: medians, and the lowest share of kernel time that has a site."""
-    names = ("gaps", "closure", "kernels", "launches")
+    names = ("gaps", "overlap", "closure", "kernels", "launches")
     medians = {name: statistics.median(getattr(s, name) for s in samples) for name in names}
     return {"attributed": min(s.attributed for s in samples), **medians}
 

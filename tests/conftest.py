@@ -4,14 +4,23 @@ Without CUDA they are made for Triton's interpreter, which must be decided befor
 variable is taken away again at once, so that processes which tests start are not slowed by it. The interpreter is slow,
 so tests run the references unless they ask otherwise: `with kernels.use("triton")` (tests/kernels does it for all of
 its tests). On a GPU nothing is forced.
+
+With pytest-xdist (`-n auto`) each worker takes its share of the cores, and so do the processes that its tests start. On
+a GPU there is one worker, because tests there take memory and time as if they were alone.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     import kernels
@@ -32,3 +41,15 @@ def references_without_gpu() -> Iterator[None]:
     """Session-wide, so that engines in fixtures of any scope get it too."""
     with kernels.use("auto" if torch.cuda.is_available() else "reference"):
         yield
+
+
+def pytest_xdist_auto_num_workers() -> int | None:
+    """How many `-n auto` starts; None leaves it to xdist: one for each core."""
+    return 1 if torch.cuda.is_available() else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_of_this_module_only() -> None:
+    """Engines collect garbage when they close, in 0.3 s if what torch and transformers hold is not set aside."""
+    gc.collect()
+    gc.freeze()

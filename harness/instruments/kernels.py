@@ -3,6 +3,10 @@
 Nothing is attached to the engine, and no event is added to its graphs: what is seen is a graph's kernels themselves,
 which all carry the number of the call that launched the graph. Which layer and op a kernel belongs to is told by its
 place (`harness.attribution`). What it costs is time on the host: launching a graph takes longer while it is watched.
+
+Kernels may overlap: with dependent launches one starts while the one before it runs, and waits. Each instant belongs to
+the kernel that started first, so a kernel's time is what it adds to the step: from its start, or from where all before
+it have ended, to its end. Waiting is no work; times of ops add up to the time in which the GPU was busy.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -48,19 +52,30 @@ class Kernel:
 class KernelSample:
     """What the kernels of one sample say.
 
-    Of `trace`, `start_us` counts from the first kernel's start; an op's `latency_us` is the time in which kernels of it
-    ran, a whole layer's lasts from its first kernel's start to its last one's end, `gpu_us` from first to last of all.
-    `attributed` is the share of kernel time that has a site; `gaps` that of `gpu_us` in which no kernel ran; `closure`
-    what layers, ops outside them and gaps outside them add up to, over `gpu_us`: kernels that overlap count twice.
+    Of `trace`, `start_us` is the real start, counted from the first kernel's. An op's `latency_us` is what its kernels
+    add to the step; a whole layer lasts from where the kernels before it ended, or from its first kernel's start if
+    that is later, to its last one's end; `gpu_us` from first to last of all. `attributed` is the share of busy time
+    that has a site; `gaps` that of `gpu_us` in which no kernel ran; `overlap` that of the kernels' durations which lies
+    beside kernels that started before; `closure` what layers, ops and gaps outside them add up to, over `gpu_us`.
     """
 
     trace: StepTrace
     sequence: tuple[str, ...]  # names of the model's and the sampler's kernels: they must be the same in each sample
     attributed: float
     gaps: float
+    overlap: float
     closure: float
     kernels: int
     launches: int
+
+
+class _Share(NamedTuple):
+    """A kernel's part of the step: `idle_ns` in which nothing ran, then `own_ns` in which no kernel before it did."""
+
+    kernel: Kernel
+    site: Site | None
+    idle_ns: int
+    own_ns: int
 
 
 def read(steps: Sequence[Sequence[Kernel]], num_layers: int, qk_norm: bool, mode: str) -> KernelSample:
@@ -68,55 +83,55 @@ def read(steps: Sequence[Sequence[Kernel]], num_layers: int, qk_norm: bool, mode
 
     TraceUnsupported: a step's kernels do not fall into `num_layers` layers.
     """
-    kernels, sites, intervals = [k for step in steps for k in step], [], []
+    kernels, sites = [k for step in steps for k in step], []
     if not kernels:
         raise TraceUnsupported("CUPTI saw no kernel in this step; an engine in a process of its own cannot be watched.")
-    origin_ns = kernels[0].start_ns
     for step in steps:
         try:
-            found = attribute([k.name for k in step], num_layers, qk_norm)
+            sites += attribute([k.name for k in step], num_layers, qk_norm)
         except NotDivisible as reason:
             raise TraceUnsupported(f"The kernels cannot be laid to layers: {reason}") from None
-        intervals += list(_intervals(step, found, origin_ns))
-        sites += found
-    span_ns = max(k.end_ns for k in kernels) - origin_ns
-    layers = [i for i in intervals if i.op == WHOLE_LAYER]
-    outside = [i for i in intervals if i.layer_index == NO_LAYER]
-    covered = [(k.start_ns, k.end_ns) for k in kernels]
-    layer_spans = [(round(i.start_us * 1e3), round((i.start_us + i.latency_us) * 1e3)) for i in layers]
-    with_layers = covered + [(origin_ns + start, origin_ns + end) for start, end in layer_spans]
-    parts_us = sum(i.latency_us for i in (*layers, *outside)) + (span_ns - _covered_ns(with_layers)) * _US_PER_NS
-    total_ns = sum(k.duration_ns for k in kernels)
-    placed = [(k, site) for k, site in zip(kernels, sites, strict=True) if site is not None]
+    shares = list(_shares(kernels, sites))
+    busy_ns, idle_ns = sum(s.own_ns for s in shares), sum(s.idle_ns for s in shares)
+    span_ns = busy_ns + idle_ns
+    intervals: list[Interval] = []
+    gaps_ns = 0
+    for layer, run in groupby(shares, key=lambda share: NO_LAYER if share.site is None else share.site.layer_index):
+        inside = list(run)
+        intervals += _intervals(layer, inside, kernels[0].start_ns)
+        gaps_ns += sum(s.idle_ns for s in (inside if layer == NO_LAYER else inside[:1]))
+    parts_us = sum(i.latency_us for i in intervals if i.op == WHOLE_LAYER or i.layer_index == NO_LAYER)
     return KernelSample(
         trace=StepTrace(intervals, gpu_us=span_ns * _US_PER_NS, mode=mode, source=_SOURCE),
         sequence=tuple(
-            k.name
-            for k, site in zip(kernels, sites, strict=True)
-            if not is_copy(k.name) and (site is None or site.block != "step")
+            s.kernel.name for s in shares if not is_copy(s.kernel.name) and (s.site is None or s.site.block != "step")
         ),
-        attributed=sum(k.duration_ns for k, _ in placed) / total_ns,
-        gaps=1 - _covered_ns(covered) / span_ns,
-        closure=parts_us / (span_ns * _US_PER_NS),
+        attributed=sum(s.own_ns for s in shares if s.site is not None) / busy_ns,
+        gaps=idle_ns / span_ns,
+        overlap=1 - busy_ns / sum(k.duration_ns for k in kernels),
+        closure=(parts_us + gaps_ns * _US_PER_NS) / (span_ns * _US_PER_NS),
         kernels=sum(not is_copy(k.name) for k in kernels),
         launches=len({k.launch for k in kernels}),
     )
 
 
-def _intervals(step: Sequence[Kernel], sites: Sequence[Site | None], origin_ns: int) -> Iterator[Interval]:
-    """Ops in order, each layer before its ops; neighbouring kernels of one op are one interval."""
-    placed = zip(step, sites, strict=True)
-    for layer, of_layer in groupby(placed, key=lambda pair: NO_LAYER if pair[1] is None else pair[1].layer_index):
-        pairs = list(of_layer)
-        if layer != NO_LAYER:
-            kernels = [kernel for kernel, _ in pairs]
-            end_ns = max(k.end_ns for k in kernels)
-            yield _interval(Site(layer, WHOLE_LAYER, WHOLE_LAYER), kernels, end_ns - kernels[0].start_ns, origin_ns)
-        for site, of_site in groupby(pairs, key=lambda pair: pair[1]):
-            if site is not None:
-                kernels = [kernel for kernel, _ in of_site]
-                busy_ns = _covered_ns([(k.start_ns, k.end_ns) for k in kernels])
-                yield _interval(site, kernels, busy_ns, origin_ns)
+def _shares(kernels: Sequence[Kernel], sites: Sequence[Site | None]) -> Iterator[_Share]:
+    reached_ns = kernels[0].start_ns
+    for kernel, site in zip(kernels, sites, strict=True):
+        begin_ns = max(kernel.start_ns, reached_ns)
+        yield _Share(kernel, site, begin_ns - reached_ns, max(0, kernel.end_ns - begin_ns))
+        reached_ns = max(reached_ns, kernel.end_ns)
+
+
+def _intervals(layer: int, shares: Sequence[_Share], origin_ns: int) -> Iterator[Interval]:
+    """Ops in order, a layer before its ops; neighbouring kernels of one op are one interval."""
+    if layer != NO_LAYER:
+        whole_ns = sum(s.own_ns + s.idle_ns for s in shares) - shares[0].idle_ns
+        yield _interval(Site(layer, WHOLE_LAYER, WHOLE_LAYER), [s.kernel for s in shares], whole_ns, origin_ns)
+    for site, run in groupby(shares, key=lambda share: share.site):
+        if site is not None:
+            of_site = list(run)
+            yield _interval(site, [s.kernel for s in of_site], sum(s.own_ns for s in of_site), origin_ns)
 
 
 def _interval(site: Site, kernels: Sequence[Kernel], latency_ns: int, origin_ns: int) -> Interval:
@@ -128,17 +143,6 @@ def _interval(site: Site, kernels: Sequence[Kernel], latency_ns: int, origin_ns:
 def _short(name: str) -> str:
     name = name.removeprefix("void ")
     return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
-
-
-def _covered_ns(spans: Iterable[tuple[int, int]]) -> int:
-    """Length of the union of `spans`."""
-    total, reached = 0, None
-    for start, end in sorted(spans):
-        if reached is None or start > reached:
-            total, reached = total + end - start, end
-        elif end > reached:
-            total, reached = total + end - reached, end
-    return total
 
 
 def disagreeing(sequences: Sequence[Sequence[str]]) -> dict[int, str]:
@@ -161,7 +165,7 @@ def steps_of(kernels: Iterable[Kernel], calls: Iterable[tuple[int, str]]) -> lis
         in_a_row = in_a_row + 1 if name == _MARK else 0
         if in_a_row and in_a_row % 2 == 0:
             marks.append(number)
-    ordered = sorted(kernels, key=lambda k: k.start_ns)
+    ordered = sorted(kernels, key=lambda k: (k.start_ns, k.end_ns))
     bounds = zip(marks[::2], marks[1::2], strict=False)
     return [[k for k in ordered if start < k.launch < end] for start, end in bounds]
 

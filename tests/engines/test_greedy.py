@@ -14,13 +14,15 @@ LENGTHS = (1, 16, 17, 40)
 NUM_TOKENS = 6
 
 VARIANTS = {
-    "nano": (Nano, {}, "reference"),
-    "nano, Triton attention": (Nano, {"attention_backend": "triton"}, "triton"),
-    "fused, reference kernels": (Fused, {}, "reference"),
-    "fused, interpreted kernels": (Fused, {"attention_backend": "triton", "max_fused_prefill_rows": 64}, "triton"),
-    "fused, few rows fused": (Fused, {"max_fused_prefill_rows": 30}, "reference"),
-    "fused, attention apart": (Fused, {"features": ("device_loop", "rope_cache", "norm_gate_up")}, "reference"),
-    "fused, nothing fused": (Fused, {"features": ()}, "reference"),
+    "nano": (Nano, {}),
+    "fused": (Fused, {}),
+    "fused, norm and linear apart in long prompts": (Fused, {"max_fused_prefill_rows": 30}),
+    "fused, attention apart": (Fused, {"features": ("device_loop", "rope_cache", "norm_gate_up")}),
+    "fused, nothing fused": (Fused, {"features": ()}),
+}
+INTERPRETED = {
+    "nano": (Nano, {"attention_backend": "triton"}),
+    "fused": (Fused, {"attention_backend": "triton", "max_fused_prefill_rows": 64}),
 }
 
 
@@ -36,11 +38,8 @@ def expected(prompts):
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def variant(request):
-    engine, options, path = request.param
-    if path == "triton" and not kernels.INTERPRETED:
-        pytest.skip("Triton's interpreter is off")
-    with kernels.use(path):
-        yield lambda **changes: engine(reference.config(options=options, **changes))
+    engine, options = request.param
+    return lambda **changes: engine(reference.config(options=options, **changes))
 
 
 def tokens_of(engine, requests):
@@ -104,3 +103,12 @@ def test_scores_are_the_models_logits(variant, prompts):
         assert scored.logits.shape == want.shape
         assert (scored.logits - want).norm() / want.norm() < 1e-5
         assert torch.equal(scored.logits.argmax(-1), torch.tensor(scored.token_ids))
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")
+@pytest.mark.parametrize(("engine", "options"), INTERPRETED.values(), ids=INTERPRETED.keys())
+def test_interpreted_kernels(engine, options, prompts, expected):
+    """All of an engine's kernels at once, as they run on a GPU: two ragged sequences, one prompt in two chunks."""
+    with kernels.use("triton"):
+        made = engine(reference.config(options=options, max_num_batched_tokens=16))
+        assert tokens_of(made, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]

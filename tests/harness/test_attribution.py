@@ -162,6 +162,74 @@ def test_what_has_no_kernel_joins_the_matrix_product_beside_it() -> None:
     assert layer_ops([GEMM] * 4)[0] == "input_norm+qkv_proj+qk_norm+rope+kv_write+attention"
 
 
+EMBED_ROWS, LINEAR, ATTEND = "embed_rows_kernel", "decode_linear_vector_kernel", "decode_attention_kernel"
+TILED, SILU, ADD = "decode_linear_tiled_kernel", "silu_mul_kernel", "at::native::elementwise<CUDAFunctor_add<BFloat16>>"
+ATTENDED = "qk_norm+rope+kv_write+attention"
+GATED = "post_norm+gate_up_proj+silu_mul"
+DECODE_LAYERS = {
+    "few rows": (
+        [LINEAR, ATTEND, LINEAR, LINEAR, LINEAR],
+        ["input_norm+qkv_proj", ATTENDED, "o_proj", GATED, "down_proj"],
+    ),
+    "many rows": (
+        [NORM, GEMM, ATTEND, GEMM, NORM, GEMM, SILU, GEMM],
+        ["input_norm", "qkv_proj", ATTENDED, "o_proj", "post_norm", "gate_up_proj", "silu_mul", "down_proj"],
+    ),
+    "gate_up by cuBLAS": (
+        [TILED, ATTEND, TILED, NORM, GEMM, SILU, TILED],
+        ["input_norm+qkv_proj", ATTENDED, "o_proj", "post_norm", "gate_up_proj", "silu_mul", "down_proj"],
+    ),
+    "all but gate_up by cuBLAS": (
+        [NORM, GEMM, ATTEND, GEMM, TILED, GEMM],
+        ["input_norm", "qkv_proj", ATTENDED, "o_proj", GATED, "down_proj"],
+    ),
+    "a norm that adds": (
+        [LINEAR, ATTEND, GEMM, "triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_0", TILED, LINEAR],
+        ["input_norm+qkv_proj", ATTENDED, "o_proj", "post_norm", "gate_up_proj+silu_mul", "down_proj"],
+    ),
+    "rotation apart": (
+        [
+            LINEAR,
+            "qk_norm_rope_cache_kernel",
+            "paged_attention_kernel",
+            "paged_attention_combine_kernel",
+            LINEAR,
+            LINEAR,
+            LINEAR,
+        ],
+        ["input_norm+qkv_proj", "qk_norm+rope+kv_write", "attention", "attention", "o_proj", GATED, "down_proj"],
+    ),
+}
+DECODE_ENDS = {
+    "one kernel": (
+        ["decode_head_kernel", "choose_token_kernel"],
+        ["-1 head final_norm+lm_head", "-1 sample sample"],
+    ),
+    "cuBLAS": (
+        [NORM, GEMM, "tile_stats_kernel", "choose_token_kernel"],
+        ["-1 head final_norm", "-1 head lm_head", "-1 sample sample", "-1 sample sample"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("end", "end_places"), DECODE_ENDS.values(), ids=DECODE_ENDS.keys())
+@pytest.mark.parametrize(("unit", "ops"), DECODE_LAYERS.values(), ids=DECODE_LAYERS.keys())
+def test_decode_steps_of_fused(unit: list[str], ops: list[str], end: list[str], end_places: list[str]) -> None:
+    found = [spelt(site) for site in attribute([EMBED_ROWS, *unit * 3, *end], 3, True)]
+    layers, outside = found[1 : -len(end)], [found[0], *found[-len(end) :]]
+    assert [place.split()[::2] for place in layers] == [[str(layer), op] for layer in range(3) for op in ops]
+    assert outside == ["-1 embed embed", *end_places]
+
+
+def test_a_sum_into_the_residual_stream_belongs_to_its_matrix_product() -> None:
+    """Where the product after it does the norm; before a separate norm it is that norm's."""
+    unit = [LINEAR, ATTEND, GEMM, ADD, TILED, GEMM, "cublasLt::splitKreduce_kernel", ADD]
+    found = attribute([EMBED_ROWS, *unit * 2, "decode_head_kernel", "choose_token_kernel"], 2, True)
+    ops = ["input_norm+qkv_proj", ATTENDED, "o_proj", "o_proj", GATED, *["down_proj"] * 3]
+    assert [s.op for s in found if s] == ["embed", *ops * 2, "final_norm+lm_head", "sample"]
+    assert layer_ops([NORM, GEMM, ATTEND, GEMM, ADD, NORM, GEMM, SILU, GEMM])[4:6] == ["post_norm", "post_norm"]
+
+
 def test_fills_and_sums_belong_to_their_matrix_product() -> None:
     split = ["Memset (Device)", GEMM, "cublasLt::splitKreduce_kernel"]
     assert layer_ops([*LAYER[:-1], *split])[-4:] == ["silu_mul", "down_proj", "down_proj", "down_proj"]

@@ -94,17 +94,71 @@ def test_intervals_of_one_op_join_and_name_their_kernels() -> None:
     assert sample.gaps == pytest.approx(5 * (len(names) - 1) / (15 * len(names) - 5))
 
 
-def test_kernels_that_overlap_count_once_in_their_op_and_twice_in_the_closure() -> None:
-    kernels = step_kernels([*START, *LAYER, *END])
-    last = kernels[-2]
-    kernels[-2] = Kernel(last.name, last.start_ns - 10, 10, 7)  # half of it beside the head's product
+def test_each_instant_belongs_to_the_kernel_that_started_first() -> None:
+    """A step of two layers with dependent launches, in ns; its times are worked out by hand.
+
+    Of layer 0: qkv starts while embed runs; o_proj starts and ends while attention runs; gate_up starts while attention
+    runs and ends after it; nothing runs from 50 to 54. Layer 1 has no overlap. Sampling starts while the head runs.
+    """
+    first = [(0, 12), (8, 24), (20, 44), (22, 30), (36, 50), (54, 60)]
+    names = ["embed_rows_kernel", "decode_linear_a", "decode_attention_kernel", "decode_linear_b", "decode_linear_c",
+             "decode_linear_d"]  # fmt: skip
+    second = [(64 + 6 * i, 68 + 6 * i) for i in range(5)]
+    end = [(90, 100), (92, 104)]
+    kernels = [
+        Kernel(name, start, stop - start, 7)
+        for name, (start, stop) in zip(
+            [*names, *names[1:], "decode_head_kernel", "choose_token_kernel"], [*first, *second, *end], strict=True
+        )
+    ]
+    sample = read([kernels], 2, True, "graph")
+    found = [(i.op, round(i.start_us * 1e3), round(i.latency_us * 1e3)) for i in sample.trace.intervals]
+    attention = "qk_norm+rope+kv_write+attention"
+    assert found == [
+        ("embed", 0, 12),
+        ("layer", 8, 48),  # from 12 to 60
+        ("input_norm+qkv_proj", 8, 12),  # 12 to 24
+        (attention, 20, 20),  # 24 to 44
+        ("o_proj", 22, 0),  # hidden whole
+        ("post_norm+gate_up_proj+silu_mul", 36, 6),  # 44 to 50
+        ("down_proj", 54, 6),
+        ("layer", 64, 28),  # from 64 to 92
+        ("input_norm+qkv_proj", 64, 4),
+        (attention, 70, 4),
+        ("o_proj", 76, 4),
+        ("post_norm+gate_up_proj+silu_mul", 82, 4),
+        ("down_proj", 88, 4),
+        ("final_norm+lm_head", 90, 8),  # 92 to 100
+        ("sample", 92, 4),  # 100 to 104
+    ]
+    assert sample.trace.gpu_us == pytest.approx(0.104)
+    # Idle: 50 to 54, 60 to 64, and 2 before each of the last four kernels of layer 1.
+    assert sample.gaps == pytest.approx(16 / 104)
+    # Durations add up to 12 + 16 + 24 + 8 + 14 + 6 + 5 * 4 + 10 + 12.
+    assert sample.overlap == pytest.approx(1 - 88 / 122)
+    assert (sample.attributed, sample.closure) == (1.0, pytest.approx(1.0))
+
+
+def test_a_wait_for_the_layer_before_is_not_this_layers() -> None:
+    """The same step, its kernels started one after the other or 8 ns too early: only starts and overlap differ."""
+    names = [*START, *LAYER, *LAYER, *END]
+    plain = [Kernel(name, 10 * i, 10, 7) for i, name in enumerate(names)]
+    early = [Kernel(k.name, max(0, k.start_ns - 8), k.end_ns - max(0, k.start_ns - 8), 7) for k in plain]
+    one, other = (read([kernels], 2, True, "graph") for kernels in (plain, early))
+    assert [i.latency_us for i in one.trace.intervals] == [i.latency_us for i in other.trace.intervals]
+    for sample in (one, other):
+        assert (sample.closure, sample.gaps) == (pytest.approx(1.0), 0)
+        assert [i.latency_us for i in sample.trace.intervals if i.op == WHOLE_LAYER] == [0.11, 0.11]
+    assert (one.overlap, other.overlap) == (0, pytest.approx(8 * (len(names) - 1) / (18 * len(names) - 8)))
+
+
+def test_copies_inside_a_kernel_add_nothing() -> None:
+    names = [*START, *LAYER, *END]
+    kernels = [Kernel("Memset", 0, 30, 1), Kernel(START[0], 5, 10, 1), *step_kernels([*names[1:]], start_ns=40)]
     sample = read([kernels], 1, True, "eager")
-    span_ns = kernels[-1].end_ns
-    assert sample.closure == pytest.approx(1 + 5 / span_ns)
-    assert sample.gaps == pytest.approx(idle_us(kernels) * 1e3 / span_ns)
-    merged = [Kernel("Memset", 0, 10, 1), *step_kernels([*START[1:], *LAYER, *END], start_ns=5)]
-    prepared = read([merged], 1, True, "eager").trace.intervals[0]
-    assert (prepared.op, prepared.latency_us) == ("prepare", pytest.approx(0.01))
+    assert sample.trace.intervals[0].latency_us == pytest.approx(0.03)
+    assert sample.closure == pytest.approx(1.0)
+    assert sample.gaps == pytest.approx(idle_us(kernels) * 1e3 / kernels[-1].end_ns)
 
 
 def test_kernels_without_a_place_lower_share_and_closure() -> None:

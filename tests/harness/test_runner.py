@@ -197,7 +197,7 @@ def test_host_phases_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_generate_workload_gives_rounds(tmp_path: Path) -> None:
     settings = ["workload=tpot", "workload.cpu_prefill=[[2,8]]", "workload.cpu_decode=[[1,8]]"]
     made = compose(["engine=nano", "model=tiny", f"weights={TINY}", "device=cpu", *settings, *QUICK,
-                    "workload.output_tokens=4"])  # fmt: skip
+                    "workload.output_tokens=4", "instrument.max_seconds_per_shape=30"])  # fmt: skip
     record = run(made, tmp_path / "run", silent())
     rounds = load(tmp_path / "run").rounds
     assert [(r["metric"], r["batch_size"], r["output_len"]) for r in record["rounds"]] == [
