@@ -27,6 +27,8 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[\w.@+-]+/)*([\w.@+-]+)")
 _WHOLE = ("requests", "rounds")
 """Tables that are small as they are."""
 _SHAPE = ["engine", "arm", "phase", "batch_size", "new_tokens", "context_len", "mode", "source"]
+_KEYS = {"steps": [*_SHAPE, "instrumented"], "ops": ["op", "variant", "shape", "dtype"]}
+"""Columns that tell one sequence of iterations from another, where `_SHAPE` does not."""
 
 
 def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
@@ -50,9 +52,8 @@ def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
     temp.mkdir(parents=True)
     rows = {}
     for name, schema in TABLES.items():
-        keys = [*_SHAPE, "instrumented"] if name == "steps" else _SHAPE
         whole = getattr(runs, name)
-        frame = whole if name in _WHOLE else _thinned(whole, keys, max_iterations)
+        frame = whole if name in _WHOLE else _thinned(whole, _KEYS.get(name, _SHAPE), max_iterations)
         rows[name] = [len(whole), len(frame)]
         table = _rounded(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
         table = table.replace_schema_metadata(schema.metadata)
@@ -65,28 +66,49 @@ def slim(run_dir: Path | str, target: Path | str, max_iterations: int) -> None:
             (temp / ".hydra").mkdir(exist_ok=True)
             text = (source / ".hydra" / file).read_text()
             (temp / ".hydra" / file).write_text(_without_folders(text))
-    shutil.rmtree(target, ignore_errors=True)
-    temp.rename(target)
+    _put(temp, target)
 
 
 def slim_comparison(folder: Path | str, target: Path | str, max_iterations: int) -> None:
     """Copy the comparison in `folder` to `target`: its record, and every run of its launches made small by `slim`.
 
-    Contestants that never got a run keep their reason in the record. InputError: there is no comparison, or `target`
-    is not free.
+    Contestants that never got a run keep their reason in the record. A comparison that stood in `target` is replaced
+    once the new one is whole. InputError: there is no comparison, or `target` is not free.
     """
     source, target = Path(folder), Path(target)
     if not (source / COMPARISON_FILE).is_file():
         raise InputError(f"{source} holds no comparison (no {COMPARISON_FILE}).")
     if target.exists() and not (target / COMPARISON_FILE).is_file():
         raise InputError(f"{target} exists and is not a comparison; nothing was replaced.")
-    shutil.rmtree(target, ignore_errors=True)
-    for path in sorted(source.rglob(COMPARISON_FILE)):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True)
-        copy.write_text(json.dumps(_without_folders(json.loads(path.read_text())), indent=2) + "\n")
-    for path in sorted(source.rglob(RUN_FILE)):
-        slim(path.parent, target / path.parent.relative_to(source), max_iterations)
+    if target.resolve().is_relative_to(source.resolve()) or source.resolve().is_relative_to(target.resolve()):
+        raise InputError(f"{target} and {source} lie in each other.")
+    temp = target.with_name(f".{target.name}.slim")
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        for path in sorted(source.rglob(COMPARISON_FILE)):
+            copy = temp / path.relative_to(source)
+            copy.parent.mkdir(parents=True)
+            copy.write_text(json.dumps(_without_folders(json.loads(path.read_text())), indent=2) + "\n")
+        for path in sorted(source.rglob(RUN_FILE)):
+            slim(path.parent, temp / path.parent.relative_to(source), max_iterations)
+        _put(temp, target)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _put(whole: Path, target: Path) -> None:
+    """Move the folder `whole` to `target`, in place of what stood there, which is gone only afterwards."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        whole.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _thinned(frame: pd.DataFrame, keys: list[str], max_iterations: int) -> pd.DataFrame:

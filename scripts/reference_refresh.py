@@ -4,7 +4,8 @@
 
 RUN is a run's folder, a folder with runs below it, or a comparison's folder. Each run goes to `<to>/<name>`, where the
 name is the run's engine, model and workload if `run.json` tells them, else its folder's name; a comparison goes to
-`<to>/compare-<model>-<workload>-<engines>`. What stood there is replaced.
+`<to>/compare-<model>-<workload>-<engines>`, one of a single engine's variants to `<to>/<its folder's name>`. What stood
+there is replaced.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def main() -> int:
         for source in comparisons:
             settings = json.loads((source / COMPARISON_FILE).read_text())["settings"]
             engines = dict.fromkeys(label.partition(":")[0] for label in settings["engines"])
-            name = [settings["model"]["name"], settings["workload"]["name"], *engines]
-            target = arguments.to / f"compare-{'-'.join(name)}"
+            name = ["compare", settings["model"]["name"], settings["workload"]["name"], *engines]
+            # Variants of one engine, of which there may be several comparisons, are known by their folder.
+            target = arguments.to / ("-".join(name) if len(engines) > 1 else source.name)
             slim_comparison(source, target, arguments.iterations)
             print(f"{_size_bytes(target) / 1e3:9.1f} kB  {target.name}  from {source.name}")
         rest = [path for path in arguments.runs if Path(path) not in comparisons]

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +49,22 @@ def notes(judgement: Judgement, baseline: Side, candidate: Side) -> list[str]:
     for side, keys in (("baseline", judgement.only_baseline), ("candidate", judgement.only_candidate)):
         if keys:
             found.append(f"{len(keys)} rows are in the {side} only: {_some([key.name for key in keys])}.")
+    for side, gone in (("baseline", baseline.dead), ("candidate", candidate.dead)):
+        found += [f"{label} took no part in the {side} to its end: {reason}" for label, reason in gone.items()]
+    for side, runs in (("baseline", baseline.runs), ("candidate", candidate.runs)):
+        growing = sorted({served["rate"] or 0 for run in runs for served in run.get("serving") or ()
+                          if served.get("still_growing")})  # fmt: skip
+        if growing:
+            rates = ", ".join(f"{rate:g}" for rate in growing)
+            found.append(
+                f"At {rates} requests/s the queue of the {side} was still growing: its latencies say how long it grew."
+            )
+    seen = [row.noise_seen for row in judgement.rows if row.noise_seen is not None]
+    if seen:
+        found.append(
+            f"From launch to launch, rows differed by {median(seen):.2%} in the middle and {max(seen):.2%} at most "
+            f"(standard deviation); the guess was {judgement.thresholds.launch_noise:.2%}."
+        )
     before, after = _conditions(baseline), _conditions(candidate)
     for name in sorted(before.keys() | after.keys()):
         if before[name] != after[name]:
@@ -183,5 +200,5 @@ def _row_record(row: Row) -> dict[str, Any]:
     if row.change is not None:
         slower = {name: math.expm1(getattr(row.change, name)) for name in ("effect", "low", "high")}
         found |= {"slower_by": slower["effect"], "slower_by_low": slower["low"], "slower_by_high": slower["high"]}
-        found |= {"p_value": row.change.p_value, "q_value": row.q_value}
+        found |= {"p_value": row.change.p_value, "q_value": row.q_value, "launch_noise_seen": row.noise_seen}
     return found

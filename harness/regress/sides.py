@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,20 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from engines.base import InputError
-from harness.results import Runs, load
+from harness.compare.contestants import folder_name
+from harness.results import COMPARISON_FILE, Runs, load
+from harness.schema import TABLES
+from harness.serving import PERCENTILES
 
 STEPS, ROUNDS, SERVED = "steps", "rounds", "run.json"
 _STEP = ["run_id", "engine", "arm", "phase", "batch_size", "new_tokens", "context_len"]
 _ROUND = ["run_id", "engine", "arm", "metric", "phase", "batch_size", "tokens", "output_len"]
 _SERVED_WORK = ("num_requests", "prompt_len", "output_len", "temperature")
 """What makes two served workloads of one name the same work, beside the seed."""
+_ARRIVING_WORK = (*_SERVED_WORK, "arrivals", "burst_size", "lengths", "trace", "slo")
+"""The same of a workload whose requests arrive over time."""
+_LATENCIES = tuple(f"{name}_p{p}" for name in ("ttft_ms", "tpot_ms", "e2el_ms") for p in PERCENTILES if p in (50, 99))
+_GOODPUT = "goodput_rate"
 _US_PER_MS = 1e3
 
 
@@ -42,17 +49,21 @@ class Key:
     tokens: int
     output_len: int
     work: str = ""
+    rate: float = 0.0
+    """Requests per second that arrive; 0: all at once, or none."""
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric.endswith("tok_s")
+        return self.metric.endswith("tok_s") or self.metric == _GOODPUT
 
     @property
     def name(self) -> str:
         """For people, without what is usually the same in all rows, like "decode, batch 8, 128 tokens, step ms"."""
         what = self.metric.removesuffix("_ms") + " ms" if self.metric.endswith("_ms") else self.metric
         if self.phase == "serve":
-            return f"{self.batch_size} requests, {what.replace('output_tok_s', 'output tok/s')}"
+            arriving = f" at {self.rate:g}/s" * bool(self.rate)
+            what = what.replace("output_tok_s", "output tok/s").replace("_ms_", " ms ").replace("_rate", " requests/s")
+            return f"{self.batch_size} requests{arriving}, {what}"
         return f"{self.phase}, batch {self.batch_size}, {self.tokens} tokens, {what}"
 
 
@@ -76,34 +87,80 @@ class Cell:
 
 @dataclass(frozen=True)
 class Side:
-    """One side's rows, and what `run.json` says of its runs."""
+    """One side's rows, what `run.json` says of its runs, and why contestants of its comparisons are gone."""
 
     rows: dict[Key, Cell]
     runs: list[dict[str, Any]]
+    dead: dict[str, str] = field(default_factory=dict)
 
 
 def read(baseline: Path | str, candidate: Path | str) -> tuple[Side, Side]:
     """Both sides, each a folder with any number of runs or comparisons below it.
 
+    A contestant that died in a comparison does not take the others with it: its runs are left out, and the rows that
+    the baseline has of it are failures of the candidate.
     InputError: a side cannot be read, has a run that did not finish or was not verified, or has nothing timed; both
     have a run in common; no row of one has its like in the other.
     """
     folders = (Path(baseline), Path(candidate))
-    both = [load(folder) for folder in folders]
-    for runs in both:
+    both, dead = [], []
+    for folder in folders:
+        runs, gone = _living(load(folder))
         for run in runs.runs:
             _check(run)
+        both.append(runs)
+        dead.append(gone)
     again = {run["run_id"] for run in both[0].runs} & {run["run_id"] for run in both[1].runs}
     if again:
         raise InputError(f"Both sides hold run {min(again)}; nothing can be learnt from a run against itself.")
     labels = _engine_labels(*both)
-    sides = [Side(_rows(runs, labels), runs.runs) for runs in both]
+    sides = [Side(_rows(runs, labels), runs.runs, gone) for runs, gone in zip(both, dead, strict=True)]
     for side, folder in zip(sides, folders, strict=True):
         if not side.rows:
             raise InputError(f"{folder} has runs but nothing timed in them.")
+    for label, reason in dead[1].items():
+        lost = [run for run in both[0].runs if _contestant(run) == folder_name(label)]
+        for key in _rows(_only(both[0], lost), labels):
+            sides[1].rows.setdefault(key, Cell()).failures.append(f"{label} died: {reason}")
     if not sides[0].rows.keys() & sides[1].rows.keys():
         raise InputError(_why_apart(*sides))
     return sides[0], sides[1]
+
+
+def _comparison(run: Mapping[str, Any]) -> Path | None:
+    """The record of the comparison that a run took part in, as <comparison>/launch-N/<contestant>."""
+    path = Path(run["run_dir"]).parents[1] / COMPARISON_FILE
+    return path if path.is_file() else None
+
+
+def _contestant(run: Mapping[str, Any]) -> str:
+    """The folder that says which contestant of a comparison it was; "" outside of comparisons."""
+    return Path(run["run_dir"]).name if _comparison(run) else ""
+
+
+def _only(runs: Runs, kept: list[dict[str, Any]]) -> Runs:
+    """`runs` without the rows and records of all runs but `kept`."""
+    ids = {run["run_id"] for run in kept}
+    frames = {name: (frame := getattr(runs, name))[frame["run_id"].isin(ids)] for name in TABLES}
+    return replace(runs, runs=kept, **frames)
+
+
+def _living(runs: Runs) -> tuple[Runs, dict[str, str]]:
+    """`runs` without those that died in a comparison, and of each contestant that did, its label and why."""
+    dead: dict[str, str] = {}
+    for path in {path for run in runs.runs if (path := _comparison(run))}:
+        try:
+            reasons = json.loads(path.read_text()).get("reasons", {})
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read: {error}.") from None
+        dead |= {label: reason.splitlines()[0] for label, reason in reasons.items()}
+    gone = [run for run in runs.runs if run.get("status") != "ok" and _comparison(run)]
+    known = set(map(folder_name, dead))
+    for run in gone:
+        if _contestant(run) not in known:
+            dead[_contestant(run)] = str(run.get("error", f"status: {run.get('status')}")).splitlines()[0]
+    ids = {run["run_id"] for run in gone}
+    return (_only(runs, [run for run in runs.runs if run["run_id"] not in ids]) if ids else runs), dead
 
 
 def _check(run: Mapping[str, Any]) -> None:
@@ -164,7 +221,7 @@ def _rows(runs: Runs, labels: Mapping[str, str]) -> dict[Key, Cell]:
     def key(run_id: str, **rest: Any) -> Key:
         run = records[run_id]
         who = {name: run[name] for name in ("model", "dtype", "workload")}
-        work = _served_work(run) if rest["phase"] == "serve" else ""
+        work = _served_work(run, _ARRIVING_WORK if "rate" in rest else _SERVED_WORK) if rest["phase"] == "serve" else ""
         return Key(device=_device(run), **who, engine=labels[run_id], work=work, **rest)
 
     timed = runs.steps[~runs.steps["instrumented"]]
@@ -184,7 +241,26 @@ def _rows(runs: Runs, labels: Mapping[str, str]) -> dict[Key, Cell]:
             arm = str(served.get("arm", run.get("arm", "")))
             cell = found[key(run_id, arm=arm, table=SERVED, metric="output_tok_s", **shape)]
             _add(cell, run, np.array([_number(run, served, "output_tok_s")], dtype=np.float64), [])
+        for served in run.get("serving") or ():
+            _add_rate(found, key, run, served)
     return dict(found)
+
+
+def _add_rate(found: dict[Key, Cell], key: Callable[..., Key], run: Mapping[str, Any], served: Any) -> None:
+    """The rows of one rate of a `serving` workload, one number per launch each, and its metrics as `load_record` names
+    them. A latency that no request has (TPOT of single tokens) has no row; a goodput of 0 has no logarithm: it failed.
+    """
+    shape = {"phase": "serve", "batch_size": _number(run, served, "requests"), "tokens": 0, "output_len": 0}
+    rate = 0.0 if served.get("rate") is None else float(_number(run, served, "rate"))
+    arm = str(served.get("arm", run.get("arm", "")))
+    for metric in (*_LATENCIES, _GOODPUT, "output_tok_s"):
+        if metric in _LATENCIES and metric not in served:
+            continue
+        value = _number(run, served, metric)
+        none_good = metric == _GOODPUT and value == 0
+        samples = np.array([] if none_good else [value], dtype=np.float64)
+        cell = found[key(run["run_id"], arm=arm, table=SERVED, metric=metric, rate=rate, **shape)]
+        _add(cell, run, samples, ["no request kept the bounds of goodput"] if none_good else [])
 
 
 def _groups(
@@ -220,16 +296,16 @@ def _add(cell: Cell, run: Mapping[str, Any], samples: NDArray[np.float64], failu
 def _number(run: Mapping[str, Any], record: Any, name: str) -> Any:
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, int | float):
-        raise InputError(f"run.json in {run['run_dir']} has no number {name} in throughput.")
+        raise InputError(f"run.json in {run['run_dir']} has no number {name} in what it says of its served requests.")
     return value
 
 
-def _served_work(run: Mapping[str, Any]) -> str:
+def _served_work(run: Mapping[str, Any], names: Sequence[str]) -> str:
     config = run.get("config")
     workload = config.get("workload") if isinstance(config, dict) else None
     if not isinstance(workload, dict):
         return ""
-    return json.dumps([*(workload.get(name) for name in _SERVED_WORK), config.get("seed")])  # type: ignore[union-attr]
+    return json.dumps([*(workload.get(name) for name in names), config.get("seed")])  # type: ignore[union-attr]
 
 
 def _why_apart(baseline: Side, candidate: Side) -> str:

@@ -12,9 +12,10 @@ from engines.base import InputError
 class Thresholds:
     """All shares are of the time (for rates: of its inverse). InputError: a value that no threshold can have.
 
-    `launch_noise` is the standard deviation of an engine's median from one launch to the next. It is the least that is
-    ever assumed, so a run that was steady by itself is not believed more than two launches can be. No recorded pair of
-    launches says what it is on a given machine: 1 % is a guess on the safe side, to be set from A/A runs.
+    `launch_noise` is a guess, on the safe side, at the standard deviation of an engine's median from one launch to the
+    next. With few launches it is the least that is assumed, so a run that was steady by itself is not believed more
+    than two launches can be. Where both sides have `min_launches`, their own launches correct it downwards: the guess
+    then counts like `guess_weight` launches more, so it loses weight as launches come, and never all of it.
     """
 
     min_effect: float = 0.02
@@ -26,6 +27,8 @@ class Thresholds:
     false_discovery: float = 0.01
     """Most of what is called FASTER or SLOWER that may be neither, on average (Benjamini and Hochberg)."""
     launch_noise: float = 0.01
+    guess_weight: float = 4.0
+    """Degrees of freedom that `launch_noise` counts for beside those of the launches themselves."""
     min_launches: int = 3
     """From so many launches on, a side's own launches say how much launches differ."""
     min_samples: int = 5

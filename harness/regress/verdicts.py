@@ -7,8 +7,10 @@ their own spread is its error (Welch's t-test on logarithms). With fewer, its er
 spread within a launch by block bootstrap, and of what cannot: a launch is assumed to be off by `launch_noise`, or by
 what the other side's launches show, if that is more.
 
-In either case a second test with nothing but `launch_noise` for the error must agree, so three launches that happen to
-lie close together prove no more than three launches can. The interval shown holds both tests' intervals.
+In either case a second test must agree, whose error is `launch_noise` and nothing else, so three launches that happen
+to lie close together prove no more than three launches can. `launch_noise` is a guess; where both sides have enough
+launches to show less, it gives way by as much as they weigh against it (`assumed_noise`). The first test alone keeps
+false alarms as rare as promised, whatever the noise. The interval shown holds both tests' intervals.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's verdict. `q_value` is the p-value after Benjamini and Hochberg; values are in the metric's unit."""
+    """A row's verdict. `q_value` is the p-value after Benjamini and Hochberg; values are in the metric's unit.
+
+    `noise_seen`: standard deviation of the logarithm from launch to launch, where both sides have enough of them.
+    """
 
     key: Key
     baseline: float | None
@@ -78,6 +83,7 @@ class Row:
     launches: tuple[int, int]
     samples: tuple[int, int]
     change: Change | None = None
+    noise_seen: float | None = None
     q_value: float | None = None
     verdict: Verdict = Verdict.UNSURE
     reason: Reason = Reason.TOO_FEW_SAMPLES
@@ -135,7 +141,7 @@ def _tested(key: Key, baseline: Cell, candidate: Cell, thresholds: Thresholds) -
     found = change(baseline, candidate, thresholds)
     if key.higher_is_better:
         found = Change(-found.effect, -found.high, -found.low, found.p_value)
-    return replace(row, change=found)
+    return replace(row, change=found, noise_seen=seen_noise(baseline, candidate, thresholds))
 
 
 def change(baseline: Cell, candidate: Cell, thresholds: Thresholds) -> Change:
@@ -148,12 +154,31 @@ def change(baseline: Cell, candidate: Cell, thresholds: Thresholds) -> Change:
     # Welch and Satterthwaite; a side that brings no error brings no doubt about it.
     doubt = sum(v**2 / df for v, df in ((first, first_df), (second, second_df)) if v)
     student = stats.t((first + second) ** 2 / doubt if doubt else math.inf)
-    floor = thresholds.launch_noise * math.sqrt(1 / len(baseline.launches) + 1 / len(candidate.launches))
+    noise = assumed_noise(baseline, candidate, thresholds)
+    floor = noise * math.sqrt(1 / len(baseline.launches) + 1 / len(candidate.launches))
     tail = (1 + thresholds.confidence) / 2
     half = max(error * student.ppf(tail), floor * stats.norm.ppf(tail))
     p_values = [2 * law.sf(abs(effect) / e) if e else float(effect == 0) for law, e in
                 ((student, error), (stats.norm, floor))]  # fmt: skip
     return Change(effect, effect - half, effect + half, float(max(p_values)))
+
+
+def seen_noise(baseline: Cell, candidate: Cell, thresholds: Thresholds) -> float | None:
+    """Standard deviation of `log_medians` about each side's mean; None with too few launches on a side."""
+    if min(len(baseline.launches), len(candidate.launches)) < thresholds.min_launches:
+        return None
+    squares = sum(float(cell.log_medians.var()) * len(cell.launches) for cell in (baseline, candidate))
+    return math.sqrt(squares / (len(baseline.launches) + len(candidate.launches) - 2))
+
+
+def assumed_noise(baseline: Cell, candidate: Cell, thresholds: Thresholds) -> float:
+    """`launch_noise`, or less where both sides' launches show less: variances weighted by degrees of freedom."""
+    guess, seen = thresholds.launch_noise, seen_noise(baseline, candidate, thresholds)
+    if seen is None or seen >= guess:
+        return guess
+    freedom = len(baseline.launches) + len(candidate.launches) - 2
+    weight = thresholds.guess_weight
+    return math.sqrt((weight * guess**2 + freedom * seen**2) / (weight + freedom))
 
 
 def _error(cell: Cell, other: Cell, thresholds: Thresholds) -> tuple[float, float]:

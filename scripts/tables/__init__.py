@@ -5,7 +5,7 @@ code itself, never the clock, the machine or anything random, so that the same c
 To add one: write it in the module of its theme (or a new module, imported here) and put its marker into a document.
 """
 
-from scripts.tables import attention, baseline, blocks, cache, comparison, engines, graphs, pairs, traces
+from scripts.tables import attention, baseline, blocks, cache, comparison, costs, engines, graphs, pairs, traces, trial
 from scripts.tables.registry import TABLES, InputError, filled, stale, table
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "blocks",
     "cache",
     "comparison",
+    "costs",
     "engines",
     "filled",
     "graphs",
@@ -23,4 +24,5 @@ __all__ = [
     "stale",
     "table",
     "traces",
+    "trial",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from engines.base import InputError
 from harness.compare import comparison as comparison_module
 from harness.compare.__main__ import parse
 from harness.compare.comparison import Comparison, read
-from harness.compare.contestants import Contestant, contestants
+from harness.compare.contestants import Contestant, contestants, folder_name
 from harness.compare.ratios import paired_ratio
-from harness.compare.table import rows
+from harness.compare.table import print_table, rows
 from harness.compare.worker import Answer, Order, Worker
 from harness.progress import Reporter
 from harness.results import RunWriter, load
@@ -113,6 +116,40 @@ def test_own_settings_are_told_from_overrides() -> None:
     assert (settings.engines, settings.rounds, overrides) == (["nano", "vllm:serve_arm=default"], 3, ["model=tiny"])
     with pytest.raises(InputError, match="rounds"):
         parse(["engines=[nano]", "rounds=many"])
+
+
+def test_an_option_may_be_a_list() -> None:
+    labels = ["fused", "fused:features=[-head]", "fused:features=[head,residual]:block_size=64", "fused:features=[]"]
+    settings, _ = parse([f"engines=[{','.join(labels)}]"])
+    assert settings.engines == labels
+    options = [contestant.config.engine.options for contestant in contestants(settings.engines, SMALL)]
+    assert options == [
+        {},
+        {"features": ["-head"]},
+        {"features": ["head", "residual"], "block_size": 64},
+        {"features": []},
+    ]
+    assert len({contestant.folder for contestant in contestants(settings.engines, SMALL)}) == 4
+    assert parse(["engines=['nano', \"fused:features=[head]\"]"])[0].engines == ["nano", "fused:features=[head]"]
+
+
+@pytest.mark.parametrize("engines", ["[nano,fused:features=[head]", "[nano]]", "[nano],[fused]"])
+def test_brackets_that_do_not_match_are_a_sentence(engines) -> None:
+    with pytest.raises(InputError, match="brackets"):
+        parse([f"engines={engines}"])
+
+
+def test_a_label_with_brackets_is_shown_as_it_is(tmp_path) -> None:
+    labels = ["fused:features=[head]", "fused:features=[-head]"]
+    for label in labels:
+        writer = RunWriter(tmp_path / folder_name(label), label)
+        writer.add_rounds([_round(label, 0, 1.0)])
+        writer.flush()
+        writer.write_run({"engine": label})
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_table(rows(load(tmp_path), labels, labels[1]), labels, labels[1], console)
+    shown = console.export_text()
+    assert all(shown.count(label) == 1 + (label == labels[1]) for label in labels)
 
 
 # --- turns ---
@@ -250,6 +287,22 @@ def test_a_comparison_made_small_says_the_same(died, tmp_path) -> None:
     assert after.cells["dies"].spread.rounds == before.cells["dies"].spread.rounds
     with pytest.raises(InputError, match="no comparison"):
         slim_comparison(tmp_path, tmp_path / "other", 5)
+
+
+def test_a_comparison_that_cannot_be_made_small_leaves_what_was_there(died, tmp_path) -> None:
+    _, (before,), folder = died
+    source, small = tmp_path / "source", tmp_path / "small"
+    shutil.copytree(folder, source)
+    slim_comparison(source, small, 5)
+    damaged = sorted(source.rglob("rounds.parquet"))[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    with pytest.raises(InputError, match="damaged"):
+        slim_comparison(source, small, 5)
+    assert read(small)[1][0].cells["nano"].spread.rounds == before.cells["nano"].spread.rounds
+    slim_comparison(folder, small, 5)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "small"}
+    with pytest.raises(InputError, match="lie in each other"):
+        slim_comparison(folder, folder, 5)
 
 
 def test_other_settings_do_not_mix_with_what_is_there(died) -> None:

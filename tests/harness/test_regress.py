@@ -18,9 +18,10 @@ from scipy import stats
 
 from engines.base import InputError
 from harness.regress.__main__ import main, parser, thresholds
+from harness.regress.report import notes
 from harness.regress.sides import Cell, Key, Side, read
 from harness.regress.thresholds import PRESETS, Thresholds
-from harness.regress.verdicts import Reason, Verdict, change, judge
+from harness.regress.verdicts import Reason, Verdict, assumed_noise, change, judge, seen_noise
 from harness.results import RunWriter
 from harness.schema import STEPS
 from harness.statistics import median_interval
@@ -69,10 +70,22 @@ def test_three_launches_are_judged_by_welchs_t_test() -> None:
 def test_no_run_is_believed_more_than_launches_can_differ() -> None:
     steady = Cell([np.full(100, 2.0)] * 4), Cell([np.full(100, 2.06)] * 4)
     found = change(*steady, DEFAULT)
-    error = 0.01 * math.sqrt(1 / 4 + 1 / 4)
+    # 3 + 3 degrees of freedom showed no noise at all; the guess counts for 4 of 10
+    error = 0.01 * math.sqrt(4 / 10) * math.sqrt(1 / 4 + 1 / 4)
     assert found.effect == pytest.approx(math.log(1.03))
     assert found.high - found.effect == pytest.approx(1.959964 * error)
     assert found.p_value == pytest.approx(2 * stats.norm.sf(math.log(1.03) / error))
+
+
+def test_the_guess_at_launch_noise_gives_way_to_what_enough_launches_show() -> None:
+    quiet = _launches(*np.exp([-0.004, 0.0, 0.004])), _launches(*np.exp([0.998, 1.0, 1.002]))
+    seen = math.sqrt((2 * 0.004**2 + 2 * 0.002**2) / 4)  # squares about each side's mean, 2 + 2 degrees of freedom
+    assert seen_noise(*quiet, DEFAULT) == pytest.approx(seen)
+    assert assumed_noise(*quiet, DEFAULT) == pytest.approx(math.sqrt((4 * 0.01**2 + 4 * seen**2) / 8))
+    assert assumed_noise(*quiet, Thresholds(guess_weight=0)) == pytest.approx(seen)
+    assert assumed_noise(*quiet, Thresholds(launch_noise=0.001)) == 0.001  # never more: Welch's test sees to that
+    few = _launches(1.0, 1.0)
+    assert (seen_noise(few, quiet[0], DEFAULT), assumed_noise(few, quiet[0], DEFAULT)) == (None, 0.01)
 
 
 def test_one_launch_has_the_error_of_its_steps_and_of_a_launch() -> None:
@@ -132,6 +145,23 @@ def test_verdicts_and_reasons() -> None:
     one = Cell([np.linspace(0.9, 1.1, 20)])
     row = _judged(one, one)
     assert (row.verdict, row.reason) == (Verdict.UNSURE, Reason.TOO_FEW_LAUNCHES)
+
+
+def test_same_is_said_only_of_a_small_change_that_is_known_well() -> None:
+    def said(percent: float, **limits: float) -> tuple[Verdict, Reason]:
+        base, cand = ([scale * (1 + off) for off in (-1e-4, 0, 1e-4)] for scale in (1.0, 1 + percent / 100))
+        row = _judged(_launches(*base), _launches(*cand), Thresholds(guess_weight=1e9, **limits))
+        return row.verdict, row.reason
+
+    # 2.5 % lies within 3 % with its whole interval, and is too large to be called none, whatever is controlled
+    known = {"launch_noise": 0.001, "false_discovery": 1e-300}
+    assert said(2.5, **known) == (Verdict.UNSURE, Reason.NOT_SIGNIFICANT)
+    assert said(-2.5, **known) == (Verdict.UNSURE, Reason.NOT_SIGNIFICANT)
+    assert said(1.9, **known) == (Verdict.SAME, Reason.SMALL_CHANGE)
+    # 1.9 % with an interval of 1.6 % (1.96 × 0.01 × √(2 / 3)) to either side reaches 3.5 %, on one side only
+    assert said(1.9, launch_noise=0.01) == (Verdict.UNSURE, Reason.TOO_NOISY)
+    assert said(-1.9, launch_noise=0.01) == (Verdict.UNSURE, Reason.TOO_NOISY)
+    assert said(1.0, launch_noise=0.01) == (Verdict.SAME, Reason.NO_CHANGE)
 
 
 def test_less_throughput_is_slower() -> None:
@@ -217,6 +247,102 @@ def test_rounds_and_served_runs_make_rows(tmp_path) -> None:
         assert row.verdict is Verdict.SLOWER
         assert row.change is not None
         assert row.change.effect == pytest.approx(math.log(1.1), abs=0.002)
+
+
+def _rate(rate: float | None, slower: float = 1.0, good: float = 3.0, **changed) -> dict:
+    """A record of one rate, as `harness.serving.load_record` makes it."""
+    latencies = {f"{name}_p{p}": 10.0 * p * slower for name in ("ttft_ms", "tpot_ms", "e2el_ms") for p in (50, 90, 99)}
+    return {
+        "arm": "default", "rate": rate, "requests": 256, "output_tok_s": 900 / slower, "goodput_rate": good / slower,
+        "still_growing": False, **latencies, **changed,
+    }  # fmt: skip
+
+
+def _serve(folder: Path, launches: int, *rates: dict, **workload) -> Path:
+    config = {"seed": 0, "engine": {"options": {}}, "workload": {"arrivals": "poisson", **workload}}
+    for launch in range(launches):
+        write(folder / str(launch), serving=list(rates), workload="serving", config=config)
+    return folder
+
+
+def test_served_rates_make_rows(tmp_path) -> None:
+    base = _serve(tmp_path / "base", 4, _rate(4), _rate(8))
+    cand = _serve(tmp_path / "cand", 4, _rate(4), _rate(8, slower=1.1, still_growing=True))
+    sides = read(base, cand)
+    judgement = judge(*sides, DEFAULT)
+    found = {(row.key.rate, row.key.metric): row for row in judgement.rows}
+    latencies = {f"{name}_p{p}" for name in ("ttft_ms", "tpot_ms", "e2el_ms") for p in (50, 99)}
+    assert set(found) == {(r, m) for r in (4, 8) for m in (*latencies, "goodput_rate", "output_tok_s")}
+    for (rate, _), row in found.items():
+        assert row.verdict is (Verdict.SLOWER if rate == 8 else Verdict.SAME)
+        assert row.change is not None
+        assert row.change.effect == pytest.approx(math.log(1.1) if rate == 8 else 0)
+    assert found[8, "ttft_ms_p99"].baseline == pytest.approx(990)
+    assert found[8, "ttft_ms_p99"].key.name == "256 requests at 8/s, ttft ms p99"
+    assert any("At 8 requests/s the queue of the candidate" in note for note in notes(judgement, *sides))
+
+
+def test_served_rates_without_goodput_or_with_other_arrivals(tmp_path) -> None:
+    base = _serve(tmp_path / "base", 3, _rate(4), _rate(None))
+    none_good = _serve(tmp_path / "cand", 3, _rate(4, good=0.0), _rate(None))
+    judgement = judge(*read(base, none_good), DEFAULT)
+    assert judgement.too_unsure
+    (failed,) = [row for row in judgement.rows if row.verdict is Verdict.UNSURE]
+    assert (failed.key.metric, failed.key.rate, failed.reason) == ("goodput_rate", 4, Reason.CANDIDATE_FAILED)
+    assert {row.key.name for row in judgement.rows if row.key.rate == 0} >= {"256 requests, goodput requests/s"}
+    with pytest.raises(InputError, match="work is"):
+        read(base, _serve(tmp_path / "burst", 3, _rate(4), arrivals="burst"))
+    with pytest.raises(InputError, match="no number output_tok_s"):
+        read(base, _serve(tmp_path / "odd", 1, _rate(4, output_tok_s=None)))
+
+
+def _comparison(folder: Path, engines: dict[str, float], launches: int = 3, reasons: dict[str, str] | None = None):
+    """A comparison whose `engines` have TPOTs; one of 0 died and left a run that did not finish."""
+    for launch in range(launches):
+        for label, tpot_ms in engines.items():
+            rounds = [round_row(i, tpot_ms or 1.0, launch=launch, engine=label) for i in range(4)]
+            died = {} if tpot_ms else {"status": "failed", "error": "RuntimeError: it fell\nover"}
+            where = folder / f"launch-{folder.name}-{launch}" / label  # of which the run's id is made
+            write(where, rounds=rounds, engine=label, **died)
+    (folder / "comparison.json").write_text(json.dumps({"settings": {}, "reasons": reasons or {}}))
+    return folder
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_dead_contestant_fails_its_rows_and_no_others(tmp_path, told) -> None:
+    base = _comparison(tmp_path / "base", {"nano": 2.0, "fused": 1.0})
+    cand = _comparison(
+        tmp_path / "cand", {"nano": 2.0, "fused": 0.0}, reasons={"fused": "RuntimeError: it fell"} if told else {}
+    )
+    sides = read(base, cand)
+    judgement = judge(*sides, DEFAULT)
+    assert [(row.key.engine, row.verdict, row.reason) for row in judgement.rows] == [
+        ("fused", Verdict.UNSURE, Reason.CANDIDATE_FAILED), ("nano", Verdict.SAME, Reason.NO_CHANGE)
+    ]  # fmt: skip
+    assert judgement.rows[0].detail == "fused died: RuntimeError: it fell"
+    assert main([str(base), str(cand), "--max-unsure", "1"]) == 3
+    assert any("fused took no part in the candidate" in note for note in notes(judgement, *sides))
+    # the other way round there is nothing to lose
+    back = judge(*read(cand, base), DEFAULT)
+    assert [row.key.engine for row in back.rows] == ["nano"]
+    assert {key.engine for key in back.only_candidate} == {"fused"}
+
+
+def test_a_contestant_that_never_got_a_run_is_missed(tmp_path) -> None:
+    base = _comparison(tmp_path / "base", {"nano": 2.0, "fused": 1.0})
+    cand = _comparison(tmp_path / "cand", {"nano": 2.0}, reasons={"fused": "ModuleNotFoundError: no fuse"})
+    judgement = judge(*read(base, cand), DEFAULT)
+    assert {row.key.engine: row.reason for row in judgement.rows} == {
+        "fused": Reason.CANDIDATE_FAILED, "nano": Reason.NO_CHANGE
+    }  # fmt: skip
+
+
+def test_outside_of_comparisons_a_run_that_failed_is_refused(tmp_path) -> None:
+    base = write(tmp_path / "base" / "0", {DECODE: np.full(9, 1000.0)})
+    write(tmp_path / "cand" / "0", {DECODE: np.full(9, 1000.0)})
+    write(tmp_path / "cand" / "1", {DECODE: np.full(9, 1000.0)}, status="failed")
+    with pytest.raises(InputError, match="did not finish"):
+        read(base, tmp_path / "cand")
 
 
 def test_instrumented_steps_are_no_times(tmp_path) -> None:

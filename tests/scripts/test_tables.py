@@ -10,8 +10,9 @@ import torch
 from engines.base import InputError, Request, SamplingParams
 from engines.nano.graphs import DecodeBuffers
 from engines.nano.sequence import Sequence
+from harness.compare.contestants import folder_name
 from harness.results import RunWriter
-from scripts.tables import attention, baseline, blocks, cache, comparison, engines, pairs, traces
+from scripts.tables import attention, baseline, blocks, cache, comparison, costs, engines, pairs, traces
 from scripts.tables.sources import MODELS, Model, floor_us, model, runs
 
 # 3 query heads on 1 key/value head of 4; qkv rows (3 + 2) × 4 = 20
@@ -19,8 +20,9 @@ SMALL = Model(hidden_size=8, num_layers=2, num_heads=3, num_kv_heads=1, head_dim
 
 
 def cells(markdown: str) -> list[list[str]]:
-    """The rows of a table, without its head."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()[2:] if line]
+    """The rows of a table, without its head and the text below it."""
+    lines = markdown.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 # --- models, pairs, attention ---
@@ -143,9 +145,14 @@ def made_up_run(**more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def write(folder: Path, run: dict[str, Any], layers: list[dict[str, Any]] | None = None) -> None:
+def write(
+    folder: Path, run: dict[str, Any], layers: list[dict[str, Any]] | None = None,
+    host: list[dict[str, Any]] | None = None, steps: list[dict[str, Any]] | None = None,
+) -> None:  # fmt: skip
     writer = RunWriter(folder, f"{run['engine']}-{run['workload']}")
     writer.add_layers(layers or [])
+    writer.add_host(host or [])
+    writer.add_steps(steps or [])
     writer.flush()
     writer.write_run(run)
 
@@ -237,8 +244,6 @@ def test_decode_steps_by_hand(tmp_path: Path) -> None:
         },
     )
     rows += layer_rows("eager", ("decode", 4, 4, 16), {("layer", 0, "layer"): [9999.0]})
-    others = layer_rows("graph", ("decode", 4, 4, 16), {("layer", 0, "layer"): [7777.0] * 9})
-    rows += [{**row, "source": "cupti"} for row in others]
     write(tmp_path / "run", made_up_run(shapes=[shape, untraced]), rows)
     # 1000 − 510 − 90 − 100 = 300
     assert cells(traces.decode_steps(str(tmp_path))) == [
@@ -246,6 +251,142 @@ def test_decode_steps_by_hand(tmp_path: Path) -> None:
     ]
     # 510 µs over the model's 28 layers; 31.457 MB of matrices and 4 × 16 × 4096 B of cache at 4.8 TB/s: 6.61 µs
     assert cells(traces.layer_floors(str(tmp_path))) == [["4", "16", "18.2", "31.5", "0.3", "6.6", "2.8"]]
+    assert "`rest` is of the traced step" in traces.decode_steps(str(tmp_path))
+
+
+def cupti(rows: list) -> list:
+    """The rows as kernels give them."""
+    return [{**row, "source": "cupti"} for row in rows]
+
+
+def test_where_kernels_were_recorded_tables_read_them_and_no_events(tmp_path: Path) -> None:
+    ok = {"status": "ok"}
+    shape = {
+        "phase": "decode", "batch_size": 4, "tokens": 16, "timed": {**ok, "wall_us": 800.0},
+        "graph": {**ok, "wall_us": 1000.0}, "kernels": {**ok, "wall_us": 900.0},
+    }  # fmt: skip
+    where = ("decode", 4, 4, 16)
+    rows = layer_rows("graph", where, {("layer", 0, "layer"): [9999.0], ("sample", -1, "sample"): [9999.0]})
+    kernels = {
+        ("layer", 0, "layer"): [100.0, 100.0, 130.0],
+        ("layer", 1, "layer"): [200.0, 210.0, 200.0],
+        ("head", -1, "final_norm+lm_head"): [50.0],
+        ("embed", -1, "embed+input_norm"): [10.0],
+        ("sample", -1, "sample"): [40.0, 40.0, 40.0],
+        ("step", -1, "prepare"): [7.0],
+    }
+    rows += cupti(layer_rows("compiled", where, kernels))
+    rows += cupti(layer_rows("compiled", where, {("sample", -1, "sample"): [20.0, 20.0, 20.0]}))  # a second kernel
+    write(tmp_path / "run", made_up_run(shapes=[shape]), rows)
+    # layers 100 + 200, head 60, sampling 40 + 20 in each step; of the untraced 800: 800 − 420
+    made = traces.decode_steps(str(tmp_path))
+    assert cells(made)[0] == ["4", "16", "0.80", "0.90", "0.30", "0.06", "0.06", "0.38", "48%"]
+    assert "CUPTI; `rest` is of the untraced step" in made
+    layer = baseline.layer_times(str(tmp_path), "nano")
+    assert cells(layer) == [["4", "16", "150.0 (100.0 to 200.0)"]]
+    assert "nano, µs (CUPTI)" in layer
+
+
+def test_step_costs_by_hand(tmp_path: Path) -> None:
+    shape = {
+        "phase": "decode", "batch_size": 2, "tokens": 16, "timed": {"wall_us": 1000.0},
+        "kernels": {"gaps": 0.1, "attributed": 0.99},
+    }  # fmt: skip
+    where = ("decode", 2, 2, 16)
+    kernels = {
+        ("layer", 0, "layer"): [9999.0] * 3,
+        ("attention", 0, "input_norm+qkv_proj"): [10.0, 11.0, 12.0],
+        ("attention", 1, "qkv_proj"): [30.0, 30.0, 30.0],
+        ("attention", 0, "qk_norm+rope+kv_write+attention"): [5.0, 50.0, 6.0],
+        ("attention", 0, "o_proj"): [3.0, 3.0, 3.0],
+        ("mlp", 1, "silu_mul"): [2.0, 2.0, 2.0],
+        ("attention", 1, "qk_norm+rope"): [1.5, 1.5, 1.5],
+        ("embed", -1, "embed+input_norm"): [4.0, 4.0, 4.0],
+        ("head", -1, "lm_head"): [70.0, 71.0, 72.0],
+        ("sample", -1, "sample"): [20.0, 20.0, 20.0],
+        ("step", -1, "read_back"): [8.0, 8.0, 8.0],
+    }
+    rows = cupti(layer_rows("graph", where, kernels))
+    rows += layer_rows("graph", where, {("layer", 0, "layer"): [1e4]})  # events, which say nothing here
+    key = {
+        name: rows[0][name] for name in ("engine", "arm", "phase", "batch_size", "new_tokens", "context_len", "mode")
+    }
+    phases = {"schedule": (10.0, 12.0, 90.0), "rest": (600.0, 700.0, 800.0)}
+    host = [
+        {**key, "source": "host", "iteration": i, "host_phase": phase, "latency_us": us}
+        for phase, times in phases.items() for i, us in enumerate(times)
+    ]  # fmt: skip
+    steps = [
+        {
+            **key,
+            "source": "cupti",
+            "iteration": i,
+            "wall_us": 1100.0,
+            "gpu_us": us,
+            "instrumented": True,
+            "status": "ok",
+        }
+        for i, us in enumerate((790.0, 800.0, 810.0))
+    ]
+    write(tmp_path / "nano", made_up_run(shapes=[shape]), rows, host, steps)
+    write(tmp_path / "fused", made_up_run(engine="fused", shapes=[shape]))
+    made = costs.step_costs(str(tmp_path), shapes="2x16")
+    # projections: 10 + 30 + 3, 11 + 30 + 3, ...; gaps: 10 % of 800 µs; no place: 1 % of the 720 µs that are busy
+    assert cells(made) == [
+        ["2", "16", "step", "1,000"],
+        ["2", "16", "host: schedule", "12"],
+        ["2", "16", "host: rest", "700"],
+        ["2", "16", "GPU: attention", "6"],
+        ["2", "16", "GPU: projections", "44"],
+        ["2", "16", "GPU: norms and small ops", "4"],
+        ["2", "16", "GPU: embedding and head", "75"],
+        ["2", "16", "GPU: sampling", "20"],
+        ["2", "16", "GPU: copies, inputs", "8"],
+        ["2", "16", "GPU: no place known", "7"],
+        ["2", "16", "GPU: gaps", "80"],
+        ["2", "16", "GPU: first to last", "800"],
+    ]
+    assert made.endswith("Not measured: vllm, fused.")
+    assert costs.step_costs(str(tmp_path), workload="grid").startswith("Not measured yet: no `grid` run")
+
+
+def test_closure_by_hand(tmp_path: Path) -> None:
+    decode = {
+        "phase": "decode", "batch_size": 2, "tokens": 1024, "timed": {"wall_us": 1.0},
+        "eager": {"arm": "default", "closure": 0.9751, "overhead": 10.0},
+        "graph": {"arm": "default", "closure": 0.9966, "overhead": 1.054},
+        "kernels": {"arm": "default", "closure": 1.0, "overhead": 1.02, "attributed": 1.0, "gaps": 0.0512},
+    }  # fmt: skip
+    prefill = {"phase": "prefill", "batch_size": 1, "tokens": 8, "eager": {"status": "out of memory"}}
+    rows = layer_rows("graph", ("decode", 2, 2, 1024), {("layer", 0, "layer"): [99.0, 90.0, 95.0]})
+    rows += cupti(layer_rows("graph", ("decode", 2, 2, 1024), {("layer", 0, "layer"): [100.0, 90.0, 110.0]}))
+    write(tmp_path / "nano", made_up_run(shapes=[prefill, decode]), rows)
+    other = decode | {"graph": decode["graph"] | {"arm": "python_graph"}}
+    write(tmp_path / "vllm", made_up_run(engine="vllm", shapes=[other]), [{**row, "engine": "vllm"} for row in rows])
+    assert cells(costs.closure(str(tmp_path))) == [
+        ["vllm", "decode", "2", "1,024", "0.975", "10.00", "0.997", "1.05", "1.000", "1.02", "100.0%", "5.1%", ""],
+        ["nano", "prefill", "1", "8", "", "", "", "", "", "", "", "", ""],
+        ["nano", "decode", "2", "1,024", "0.975", "10.00", "0.997", "1.05", "1.000", "1.02", "100.0%", "5.1%", "0.950"],
+    ]  # fmt: skip
+
+
+def test_grid_by_hand(tmp_path: Path) -> None:
+    memory = {"peak_allocated_bytes": 30 * 2**20, "allocated_bytes": 10 * 2**20}
+    timed = {"status": "ok", "wall_us": 1500.0, "wall_us_low": 1400.0, "wall_us_high": 1600.0, "memory": memory}
+    shapes = [
+        {"phase": "decode", "batch_size": 8, "tokens": 4000, "timed": timed},
+        {"phase": "decode", "batch_size": 256, "tokens": 4000, "timed": {"status": "out of memory"}},
+        {"phase": "decode", "batch_size": 9, "tokens": 4000},
+    ]
+    write(tmp_path / "nano", made_up_run(workload="grid", shapes=shapes))
+    made = baseline.grid(str(tmp_path))
+    assert cells(made) == [
+        ["decode", "8", "4,000", "1.50 (1.40 to 1.60)", "20"],
+        ["decode", "256", "4,000", "out of memory", ""],
+        ["decode", "9", "4,000", "not reached", ""],
+    ]
+    assert made.endswith("Not measured: vllm.")
+    assert baseline.grid(str(tmp_path), workload="latency").startswith("Not measured yet")
 
 
 def test_op_shares_by_hand(tmp_path: Path) -> None:
@@ -272,7 +413,17 @@ def test_op_shares_by_hand(tmp_path: Path) -> None:
         ["`down_proj`", "90 (75%)", "90 (75%)", "20 (17%)"],
         ["sum of ops", "120", "120", "120"],
         ["traced step / untraced step", "1.30", "1.30", "1.30"],
+        ["source", "eager, events", "eager, events", "eager, events"],
     ]
+    seen = shape | {"kernels": {"wall_us": 150.0}}
+    halves = layer_rows("eager", where, {("attention", 0, "qk_norm"): [3.0, 5.0, 9.0]})
+    both = cupti(halves + [{**row, "latency_us": 10.0} for row in halves])  # two kernels of one op, as of q and of k
+    write(tmp_path / "more" / "nano", made_up_run(shapes=[seen]), both)
+    for engine in ("vllm", "fused"):
+        rows = [{**row, "engine": engine} for row in layer_rows("eager", where, plain)]
+        write(tmp_path / "more" / engine, made_up_run(engine=engine, shapes=[shape]), rows)
+    found = {row[0]: row[2] for row in cells(traces.op_shares("prefill:2x8", str(tmp_path / "more")))}
+    assert (found["`qk_norm`"], found["source"]) == ("15 (100%)", "kernels, CUPTI")
     with pytest.raises(InputError, match="no shape decode:1x1"):
         traces.op_shares("decode:1x1", str(tmp_path))
 
@@ -297,35 +448,87 @@ def test_engines_by_hand(tmp_path: Path) -> None:
 
 def test_the_committed_graph_traces_close() -> None:
     """Layers, head and sampling are parts of the step: what is left is never negative nor most of it."""
-    for shape, layers in traces.traced_decodes(runs("results/reference/h200"), "nano"):
-        rest = 1 - sum(traces.graph_parts(layers).values()) / shape["graph"]["wall_us"]
-        assert 0 <= rest < 0.5
+    for shape, trace in traces.traced_decodes(runs("results/reference/h200"), "nano"):
+        whole = shape["timed"]["wall_us"] if trace.source == traces.CUPTI else trace.record["wall_us"]
+        assert 0 <= 1 - sum(traces.step_parts(trace.rows).values()) / whole < 0.5
 
 
 # --- comparisons and baselines ---
 
 
-def _block(label: str, number: int, value: float) -> dict[str, Any]:
+def _block(label: str, number: int, value: float, **changed: Any) -> dict[str, Any]:
     return {
-        "engine": label, "arm": "default", "metric": "tpot_ms", "phase": "decode", "batch_size": 8, "tokens": 128,
-        "output_len": 129, "launch": 0, "round": number, "started_s": float(number), "samples": 1, "value": value,
-        "status": "ok",
+        "engine": label.partition(":")[0], "arm": "default", "metric": "tpot_ms", "phase": "decode", "batch_size": 8,
+        "tokens": 128, "output_len": 129, "launch": 0, "round": number, "started_s": float(number), "samples": 1,
+        "value": value, "status": "ok", **changed,
     }  # fmt: skip
 
 
+def _compared(folder: Path, blocks_of: dict[str, list[dict[str, Any]]], launches: int = 1, **settings: Any) -> str:
+    """A comparison's folder: blocks of each contestant, in each launch the same."""
+    for launch in range(launches):
+        for label, its_blocks in blocks_of.items():
+            where = folder / f"launch-{launch}" / folder_name(label)
+            writer = RunWriter(where, f"{launch}-{label}")
+            writer.add_rounds({**block, "launch": launch} for block in its_blocks)
+            writer.flush()
+            provenance = {"gpu": {"name": "Toy"}, "versions": {"torch": "1", "triton": "2"}}
+            engine = label.partition(":")[0]
+            writer.write_run(
+                {"engine": engine, "dtype": "float16", "weights": {"source": "local"}, "provenance": provenance}
+            )
+    shared = {"engines": list(blocks_of), "baseline": next(iter(blocks_of)), "rounds": 2, "model": {"name": "small"}}
+    reasons = settings.pop("reasons", {})
+    record = {"settings": shared | settings, "reasons": reasons, "launches": launches}
+    (folder / "comparison.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+def test_a_row_shows_the_fastest_arm_of_vllm_and_default_beside_it(tmp_path: Path) -> None:
+    serve = {"metric": "output_tok_s", "phase": "serve", "batch_size": 9, "tokens": 0, "output_len": 0}
+    times = {  # TPOT in ms, output tok/s
+        "nano_vllm": (2.0, 100), "nano": (1.0, 200), "vllm": (4.0, 300), "vllm:serve_arm=inproc_async": (3.0, 150),
+        "vllm:serve_arm=inproc:limits.kv_cache_tokens=64": (3.5, 120), "fused": (0.5, 400),
+    }  # fmt: skip
+    blocks_of = {
+        label: [_block(label, n, ms) for n in range(2)]
+        + [_block(label, n, rate, **serve, started_s=10.0 + n) for n in range(2)]
+        for label, (ms, rate) in times.items()
+    }
+    made = comparison.comparison(_compared(tmp_path / "all", blocks_of))
+    assert made.splitlines()[0] == "| small | nano_vllm | nano | vllm, its fastest arm | vllm default | fused |"
+    assert cells(made)[0] == [
+        "decode, batch 8, prompt 128, TPOT ms", "2.00 (2.00 to 2.00)", "1.00 (1.00 to 1.00), 0.50× (0.50 to 0.50)",
+        "3.00 (3.00 to 3.00), 1.50× (1.50 to 1.50), inproc_async", "4.00 (4.00 to 4.00), 2.00× (2.00 to 2.00)",
+        "0.50 (0.50 to 0.50), 0.25× (0.25 to 0.25)",
+    ]  # fmt: skip
+    assert cells(made)[1][3:5] == [
+        "300 (300 to 300), 3.00× (3.00 to 3.00), default",
+        "300 (300 to 300), 3.00× (3.00 to 3.00)",
+    ]
+    assert "interval within these processes" in made
+    again = comparison.comparison(_compared(tmp_path / "again", blocks_of, launches=3))
+    assert "interval within" not in again
+
+    # an arm that fails in one row, another one that never came, one that left, and rounds that have no interval
+    failed = _block("vllm", 0, 0.0, status="out of memory") | {"value": None}
+    few = {label: blocks_of[label] for label in ("nano_vllm", "nano")}
+    few["nano"] = few["nano"][:1] + few["nano"][2:]
+    few |= {"vllm:serve_arm=inproc": [failed], "vllm:serve_arm=default": blocks_of["vllm"][2:]}
+    reasons = {"vllm:serve_arm=inproc": "it fell", "nano": "it left", "fused": "no fuse"}
+    text = comparison.comparison(_compared(tmp_path / "few", few, engines=[*few, "fused"], reasons=reasons))
+    assert text.splitlines()[0] == "| small | nano_vllm | nano | vllm:serve_arm=default |"
+    assert cells(text)[0][2:] == ["1.00 (1.00 to 1.00), 0.50× (one pair)", "not measured"]
+    assert "vllm:serve_arm=inproc took no part: it fell" in text
+    assert "nano left before the end: it left" in text
+    assert "fused took no part: no fuse" in text
+
+
 def test_a_comparison_by_hand(tmp_path: Path) -> None:
-    for label, values in (("A", (1.0, 2.0, 4.0)), ("B", (2.0, 4.0, 8.0))):
-        writer = RunWriter(tmp_path / "launch-0" / label, label)
-        writer.add_rounds(_block(label, number, value) for number, value in enumerate(values))
-        writer.flush()
-        provenance = {"gpu": {"name": "Toy"}, "versions": {"torch": "1", "triton": "2"}}
-        writer.write_run(
-            {"engine": label, "dtype": "float16", "weights": {"source": "local"}, "provenance": provenance}
-        )
-    settings = {"engines": ["A", "B", "C"], "baseline": "A", "rounds": 3, "model": {"name": "small"}}
-    record = {"settings": settings, "reasons": {"C": "it has no legs"}, "launches": 1}
-    (tmp_path / "comparison.json").write_text(json.dumps(record))
-    made = comparison.comparison(str(tmp_path))
+    values = {"A": (1.0, 2.0, 4.0), "B": (2.0, 4.0, 8.0)}
+    blocks_of = {label: [_block(label, n, value) for n, value in enumerate(of)] for label, of in values.items()}
+    reasons = {"C": "it has no legs"}
+    made = comparison.comparison(_compared(tmp_path, blocks_of, engines=["A", "B", "C"], reasons=reasons))
     assert cells(made)[0] == [
         "decode, batch 8, prompt 128, TPOT ms", "2.00 (1.00 to 4.00)", "4.00 (2.00 to 8.00), 2.00× (2.00 to 2.00)"
     ]  # fmt: skip

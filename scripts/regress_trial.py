@@ -1,0 +1,259 @@
+"""How often does harness.regress call the same slower, and how often does it find what is slower? On this machine.
+
+    python scripts/regress_trial.py results/regress-trial --json results/reference/h200/regress-trial.json
+    python scripts/regress_trial.py results/trial --launches 6 --seconds 1 -- model=tiny
+
+Starts nano LAUNCHES times, and as often with a delay of a share of each step planted into one layer
+(scripts/slow_engine.py), in the order A B B A, each in a process of its own through `python -m harness`. How long a
+step's delay is follows from the first launch. Then it takes the launches apart: COMPARISONS times half of the plain
+ones against the other half, and COMPARISONS times as many plain against slow ones, drawn at random, each judged by
+harness.regress at its default preset. Launches that are there already are not run again; what follows `--` are
+overrides of the harness.
+
+Random halves of one set of launches are not independent comparisons: counts over them say how such launches are judged,
+with less certainty than as many comparisons of fresh launches would.
+
+Exit codes: 0 done, 2 it cannot be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engines.base import InputError
+from harness.regress.sides import Cell, Key, Side, read
+from harness.regress.thresholds import PRESETS, Thresholds
+from harness.regress.verdicts import Verdict, judge
+from harness.results import load, write_json
+
+NORMAL, SLOW = "normal", "slow"
+SAME_SAME, SAME_SLOW = "same_with_same", "same_with_slow"
+WORK = (
+    "engine=nano", "workload=latency", "workload.prefill=[[1,512]]", "workload.decode=[[1,128],[32,128]]",
+    "workload.cpu_prefill=[[1,64]]", "workload.cpu_decode=[[1,32],[8,32]]", "instrument=steps",
+    "instrument.precision=0.001", "instrument.max_iterations=3000", "weights=random",
+    # A small cache of known size, few graphs: a launch starts in half the time.
+    "limits.max_num_seqs=32", "limits.max_num_batched_tokens=4096", "limits.kv_cache_tokens=65536",
+)  # fmt: skip
+LAUNCH = """
+import json, runpy, sys
+import engines.hf, engines.nano, harness.runner
+sys.argv = ["harness", *json.loads(sys.stdin.readline())]
+runpy.run_module("harness", run_name="__main__", alter_sys=True)
+"""
+"""A process that has imported everything, and runs `python -m harness` when it is told the command line."""
+NOTE = (
+    "Every comparison draws its launches from one set of them, so the comparisons are not independent; the counts say "
+    "how launches like these are judged, not how often in the long run."
+)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """One row: the median step of each launch in ms, plain and slow."""
+
+    key: Key
+    normal_ms: tuple[float, ...]
+    slow_ms: tuple[float, ...]
+
+
+def order(launches: int) -> list[tuple[str, int]]:
+    """(side, number) of all launches: A B B A A B B A ..."""
+    return [(side, n) for n in range(launches) for side in ((NORMAL, SLOW) if n % 2 == 0 else (SLOW, NORMAL))]
+
+
+def delays_us(folder: Path, share: float) -> list[list[float]]:
+    """`delays_us` of the slow engine: `share` of each step of the launch in `folder`."""
+    found = []
+    for shape in load(folder).runs[0]["shapes"]:
+        rows = shape["batch_size"] * (shape["tokens"] if shape["phase"] == "prefill" else 1)
+        found.append([rows, round(share * shape["timed"]["wall_us"], 1)])
+    return found
+
+
+def launched(folder: Path) -> bool:
+    """Whether a finished run lies below `folder`."""
+    return folder.is_dir() and any(json.loads(p.read_text()).get("status") == "ok" for p in folder.rglob("run.json"))
+
+
+def run_launches(into: Path, launches: int, seconds: float, share: float, overrides: Sequence[str]) -> None:
+    """All launches that are not there yet. InputError: one failed."""
+    missing = [(side, n) for side, n in order(launches) if not launched(into / side / f"{n:02}")]
+    # While an engine starts on a GPU the processor is free to import for the next one; without one that would disturb.
+    ahead = torch.cuda.is_available()
+    waiting: list[subprocess.Popen[str]] = []
+    try:
+        for place, (side, number) in enumerate(missing):
+            folder = into / side / f"{number:02}"
+            arguments = [*WORK, f"instrument.max_seconds_per_shape={seconds:g}", f"results={folder}", *overrides]
+            if side == SLOW:
+                delays = json.dumps(delays_us(into / NORMAL / "00", share), separators=(",", ":"))
+                arguments += ["engine.target=scripts.slow_engine.LLM", f"+engine.options.delays_us={delays}"]
+            process = waiting.pop() if waiting else _process()
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(arguments) + "\n")
+            process.stdin.flush()
+            if ahead and place + 1 < len(missing):
+                waiting.append(_process())
+            said, _ = process.communicate()
+            if process.returncode:
+                raise InputError(f"Launch {number} ({side}) failed:\n{said[-2000:]}")
+            print(f"{place + 1} of {len(missing)}: {side} {number}", flush=True)
+    finally:
+        for process in waiting:
+            process.kill()
+            process.wait()
+
+
+def _process() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, cwd=ROOT,
+    )  # fmt: skip
+
+
+def read_launches(into: Path) -> list[Launches]:
+    """The rows of all launches. InputError: launches are missing in some rows."""
+    normal, slow = read(into / NORMAL, into / SLOW)
+    rows = [
+        Launches(
+            key, tuple(map(float, np.exp(cell.log_medians))), tuple(map(float, np.exp(slow.rows[key].log_medians)))
+        )
+        for key, cell in normal.rows.items()
+        if key in slow.rows
+    ]
+    if len({(len(row.normal_ms), len(row.slow_ms)) for row in rows}) != 1:
+        raise InputError("Some launches lack some rows; look for failures in their run.json.")
+    return rows
+
+
+def verdicts_of(
+    rows: Sequence[Launches], comparisons: int, thresholds: Thresholds, seed: int = 0
+) -> dict[str, list[dict[Key, Verdict]]]:
+    """Verdicts per comparison: of halves of the plain launches with each other, and of as many plain with slow ones."""
+    rng = np.random.default_rng(seed)
+    plain, slow = len(rows[0].normal_ms), len(rows[0].slow_ms)
+    side = min(plain // 2, slow)
+    if side < thresholds.min_launches:
+        raise InputError(f"{plain} launches give sides of {side}; {2 * thresholds.min_launches} are needed.")
+    found: dict[str, list[dict[Key, Verdict]]] = {SAME_SAME: [], SAME_SLOW: []}
+    for _ in range(comparisons):
+        drawn = rng.permutation(plain)
+        first, second = drawn[:side], drawn[side : 2 * side]
+        others = rng.permutation(slow)[:side]
+        base = _side((row.key, np.take(row.normal_ms, first)) for row in rows)
+        found[SAME_SAME].append(
+            _judged(base, _side((row.key, np.take(row.normal_ms, second)) for row in rows), thresholds)
+        )
+        found[SAME_SLOW].append(
+            _judged(base, _side((row.key, np.take(row.slow_ms, others)) for row in rows), thresholds)
+        )
+    return found
+
+
+def _side(medians: Any) -> Side:
+    return Side({key: Cell([np.array([value]) for value in values]) for key, values in medians}, [])
+
+
+def _judged(baseline: Side, candidate: Side, thresholds: Thresholds) -> dict[Key, Verdict]:
+    return {row.key: row.verdict for row in judge(baseline, candidate, thresholds).rows}
+
+
+def record(rows: Sequence[Launches], comparisons: int, share: float, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the JSON file holds; `run` is the record of one of the launches."""
+    thresholds = PRESETS["default"]
+    found = verdicts_of(rows, comparisons, thresholds)
+    provenance = run["provenance"]
+    told = []
+    for row in rows:
+        logs = np.log(row.normal_ms), np.log(row.slow_ms)
+        told.append(
+            {
+                "key": asdict(row.key),
+                "name": row.key.name,
+                "normal_ms": list(row.normal_ms),
+                "slow_ms": list(row.slow_ms),
+                "launch_noise": float(logs[0].std(ddof=1)),
+                "slower_by": float(np.expm1(logs[1].mean() - logs[0].mean())),
+                **{
+                    kind: {v.value: sum(verdicts[row.key] is v for verdicts in all_verdicts) for v in Verdict}
+                    for kind, all_verdicts in found.items()
+                },
+            }
+        )
+    return {
+        "device": provenance["cpu"]["model"] if run["device"] == "cpu" else provenance["gpu"]["name"],
+        "model": run["model"],
+        "versions": provenance["versions"],
+        "launches": {NORMAL: len(rows[0].normal_ms), SLOW: len(rows[0].slow_ms)},
+        "planted": share,
+        "comparisons": comparisons,
+        "launches_a_side": min(len(rows[0].normal_ms) // 2, len(rows[0].slow_ms)),
+        "thresholds": thresholds.record(),
+        "comparisons_with_slower": {
+            kind: sum(Verdict.SLOWER in verdicts.values() for verdicts in all_verdicts)
+            for kind, all_verdicts in found.items()
+        },
+        "rows": told,
+        "note": NOTE,
+    }
+
+
+def show(made: Mapping[str, Any]) -> None:
+    """A line per row and kind of comparison."""
+    for row in made["rows"]:
+        print(f"{row['name']}: launch noise {row['launch_noise']:.2%}, slow launches slower by {row['slower_by']:.2%}")
+        for kind in (SAME_SAME, SAME_SLOW):
+            said = Counter(row[kind])
+            print(f"  {kind.replace('_', ' ')}: {', '.join(f'{n} {verdict}' for verdict, n in said.items() if n)}")
+    for kind, number in made["comparisons_with_slower"].items():
+        print(f"{kind.replace('_', ' ')}: something SLOWER in {number} of {made['comparisons']} comparisons")
+    print(made["note"])
+
+
+def main() -> int:
+    """Exit code 0, or 2 with the reason."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("into", type=Path, metavar="FOLDER", help="where the launches' runs go")
+    parser.add_argument("--launches", type=int, default=12, help="of each kind (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a shape (default: %(default)s)")
+    parser.add_argument("--slowdown", type=float, default=0.03, help="share of a step planted (default: %(default)s)")
+    parser.add_argument("--comparisons", type=int, default=20, help="of each kind (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
+    if len(sys.argv) == 1:
+        parser.print_help()
+        return 0
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    own, overrides = sys.argv[1:cut], sys.argv[cut + 1 :]
+    arguments = parser.parse_args(own)
+    into = arguments.into.absolute()
+    try:
+        run_launches(into, arguments.launches, arguments.seconds, arguments.slowdown, overrides)
+        run = load(into / NORMAL).runs[0]
+        made = record(read_launches(into), arguments.comparisons, arguments.slowdown, run)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    show(made)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.json, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
