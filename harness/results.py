@@ -39,6 +39,7 @@ class Runs:
     requests: pd.DataFrame
     host: pd.DataFrame
     rounds: pd.DataFrame
+    ops: pd.DataFrame
     runs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -104,6 +105,10 @@ class RunWriter:
     def add_rounds(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows of `rounds`; as `add_steps`."""
         self._add("rounds", rows)
+
+    def add_ops(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows of `ops`; as `add_steps`."""
+        self._add("ops", rows)
 
     def flush(self) -> None:
         """Write all rows so far. Costs time: call it between shapes, never inside a timed loop."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.base import NO_LAYER, WHOLE_LAYER, InputError
+from harness.ops.table import print_study
 from harness.results import load
 from harness.serving import PERCENTILES
 
@@ -40,6 +41,8 @@ def _print_run(run: dict[str, Any], layers: pd.DataFrame, console: Console) -> N
         console.print(rounds_table(run["rounds"], title))
     if run.get("serving"):
         console.print(serving_table(run["serving"], title))
+    if run.get("study"):
+        print_study(run, console)
     if run.get("status") != "ok":
         console.print(f"This run is {run.get('status')}. {run.get('error', '')}", markup=False, soft_wrap=True)
     if served := run.get("throughput"):

@@ -1,6 +1,7 @@
 """`python -m harness.compare engines=[vllm,nano,fused] workload=tpot`: engines side by side on one GPU.
 
-An engine may have options and limits of its own, as in `vllm:serve_arm=inproc_async:limits.kv_cache_tokens=200000`.
+An engine may have options and limits of its own, as in `vllm:serve_arm=inproc_async:limits.kv_cache_tokens=200000` or
+`fused:features=[-head]`.
 Engines with a given cache size start together; the others, which look at what is free, one by one. Beside what
 `python -m harness` takes:
 
@@ -50,8 +51,11 @@ class Settings:
 def parse(arguments: list[str]) -> tuple[Settings, list[str]]:
     """The comparison's own settings, and the overrides left for Hydra. InputError: a value that does not fit."""
     own = [a for a in arguments if a.partition("=")[0] in asdict(Settings())]
+    engines = [a.partition("=")[2] for a in own if a.startswith("engines=[")]
+    rest = [a for a in own if not a.startswith("engines=[")]
+    named = {"engines": entries(engines[-1])} if engines else {}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(own))
+        merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(rest), named)
         settings: Settings = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise InputError(
@@ -60,6 +64,25 @@ def parse(arguments: list[str]) -> tuple[Settings, list[str]]:
     if min(settings.rounds, settings.launches) < 1:
         raise InputError("rounds and launches must be at least 1.")
     return settings, [a for a in arguments if a not in own]
+
+
+def entries(text: str) -> list[str]:
+    """Those of a list like `[nano,fused:features=[head,residual]]`, quoted or not: YAML takes no list inside a word.
+
+    InputError: its brackets do not match.
+    """
+    found, depth = [""], 0
+    for letter in text.removeprefix("[").removesuffix("]"):
+        depth += (letter == "[") - (letter == "]")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    if depth or not text.endswith("]"):
+        raise InputError(f"The brackets in engines={text} do not match.")
+    return [entry.strip().strip("'\"") for entry in found if entry.strip()]
 
 
 def run(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.compare.contestants import folder_name
@@ -123,11 +124,11 @@ def print_table(found: Sequence[Row], labels: Sequence[str], baseline: str, cons
     """Medians over rounds with their range, and ratios to the baseline with their intervals."""
     over = any(cell.ratio and cell.ratio.over_launches for row in found for cell in row.cells.values())
     within = "over launches" if over else "within these processes: fewer than 3 launches"
-    title = f"medians over rounds (lowest - highest); ratios to {baseline} (95 % interval {within})"
+    title = f"medians over rounds (lowest - highest); ratios to {escape(baseline)} (95 % interval {within})"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(escape(label), justify="right")
     for row in found:
         table.add_row(row.name, *(_text(row, row.cells[label]) for label in labels))
     console.print(table)

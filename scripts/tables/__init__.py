@@ -5,7 +5,20 @@ code itself, never the clock, the machine or anything random, so that the same c
 To add one: write it in the module of its theme (or a new module, imported here) and put its marker into a document.
 """
 
-from scripts.tables import attention, baseline, blocks, cache, comparison, costs, engines, graphs, pairs, traces, trial
+from scripts.tables import (
+    attention,
+    baseline,
+    blocks,
+    cache,
+    choices,
+    comparison,
+    costs,
+    engines,
+    graphs,
+    pairs,
+    traces,
+    trial,
+)
 from scripts.tables.registry import TABLES, InputError, filled, stale, table
 
 __all__ = [
@@ -15,6 +28,7 @@ __all__ = [
     "baseline",
     "blocks",
     "cache",
+    "choices",
     "comparison",
     "costs",
     "engines",

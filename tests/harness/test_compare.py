@@ -305,6 +305,22 @@ def test_a_comparison_that_cannot_be_made_small_leaves_what_was_there(died, tmp_
         slim_comparison(folder, folder, 5)
 
 
+def test_variants_of_one_engine_are_kept_under_their_folders_names(tmp_path) -> None:
+    labels = ["fused", "fused:features=[-head]"]
+    settings = {"engines": labels, "model": {"name": "tiny"}, "workload": {"name": "ablation"}}
+    for name in ("ablation-without-0", "ablation-without-5"):
+        for label in labels:
+            folder = tmp_path / name / "launch-0" / folder_name(label)
+            writer = RunWriter(folder, f"{name} {label}")
+            writer.flush()
+            writer.write_run({"engine": "fused"})
+        (tmp_path / name / "comparison.json").write_text(json.dumps({"settings": settings}))
+    script = Path(__file__).parents[2] / "scripts" / "reference_refresh.py"
+    command = [sys.executable, script, *tmp_path.iterdir(), "--to", tmp_path / "h200"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert sorted(path.name for path in (tmp_path / "h200").iterdir()) == ["ablation-without-0", "ablation-without-5"]
+
+
 def test_other_settings_do_not_mix_with_what_is_there(died) -> None:
     comparison, _, folder = died
     other = Comparison(comparison.contestants, "nano", num_rounds=5, launches=1, folder=folder, reporter=Reporter())

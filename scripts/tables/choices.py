@@ -1,0 +1,50 @@
+"""What `python -m kernels.tune` measured and chose for a GPU."""
+
+from __future__ import annotations
+
+import json
+
+from scripts.tables.registry import markdown, table
+from scripts.tables.sources import ROOT
+
+OPS = {
+    "input_norm+qkv_proj": ("decode_linear", "{qkv}x{hidden}"),
+    "o_proj, residual": ("decode_linear", "{hidden}x{wide}"),
+    "post_norm+gate_up_proj+silu_mul": ("decode_linear", "gated {inter}x{hidden}"),
+    "down_proj, residual": ("decode_linear", "{hidden}x{inter}"),
+    "final_norm+lm_head": ("decode_head", "{vocab}x{hidden}"),
+    "qk_norm+rope+kv_write+attention": ("decode_attention", "{heads}/{kv_heads}x{dim}"),
+}
+QWEN3_06B = {
+    "hidden": 1024, "wide": 2048, "qkv": 4096, "inter": 3072, "vocab": 151936, "heads": 16, "kv_heads": 8, "dim": 128,
+}  # fmt: skip
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@table("decode-choices")
+def decode_choices(gpu: str = "nvidia-h200") -> str:
+    """Time of each decode kernel of Qwen3-0.6B at its chosen launch, beside the library's; the faster one in bold."""
+    file = f"kernels/choices/{gpu}.json"
+    measured = json.loads((ROOT / file).read_text())
+    rows = []
+    for op, (kernel, key) in OPS.items():
+        for count in ROWS:
+            entry = measured["choices"].get(kernel, {}).get(f"{key.format(**QWEN3_06B)} rows {count}")
+            if entry is None:
+                continue
+            other = entry.get("cublas_us", entry.get("flash_attention_us"))
+            ours = entry.get("ours_us", entry.get("us"))
+            wins = entry.get("path") != "cublas" and (other is None or ours <= other)
+            launch = entry.get("launch", {})
+            how = launch.get("kernel", "tensor cores" if launch.get("dot") else "")
+            cells = [f"{ours:.1f}", "" if other is None else f"{other:.1f}"]
+            cells[0 if wins else 1] = f"**{cells[0 if wins else 1]}**"
+            rows.append([op, str(count), *cells, how if wins else "library"])
+    facts = measured["facts"]
+    source = (
+        f"µs per launch in a captured graph over the matrices (caches) of 28 layers, {facts['gpu']}, torch "
+        f"{facts['torch']}, Triton {facts['triton']}, {facts['date']}; ours launched dependently. The library is cuBLAS "
+        "with separate norm and activation, for attention FlashAttention 3 after `qk_norm_rope_cache`; contexts of 128 "
+        f"to 256 tokens. File: `{file}`, written by `python -m kernels.tune`."
+    )
+    return "\n\n".join([markdown(["op", "rows", "ours", "library", "used"], rows, left=1), source])
