@@ -1,0 +1,212 @@
+"""Everything that makes the numbers less believable, in kinds, worst first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.compare.ratios import MIN_LAUNCHES
+from harness.report import html
+from harness.report.data import PASSED, Comparison, Data, Shape
+from harness.report.html import Section
+from harness.verify import NOISE_FACTOR
+
+FAILED, UNVERIFIED, DEAD = "failed", "unverified", "dead contestant"
+UNPROVEN, THROTTLED, OTHERS, LAUNCHES = "unproven", "throttled", "other processes", "few launches"
+UNSURE, QUEUE, TRACE, NOTE = "unsure", "queue grows", "trace", "note"
+KINDS = {
+    FAILED: "failed: there is no number, or not all of them",
+    UNVERIFIED: "unverified: the output was not shown to be right",
+    DEAD: "dead contestants: they took no part to the end",
+    UNPROVEN: "unproven: passed only because the check cannot tell",
+    THROTTLED: "throttled: the GPU held its clocks back",
+    OTHERS: "other processes on the GPU",
+    LAUNCHES: "few launches: an interval holds for these processes only",
+    UNSURE: "unsure: the interval is wide, or reaches over 1",
+    QUEUE: "queues that still grew: latencies say how long the pass went on",
+    TRACE: "traces that do not add up, or are missing",
+    NOTE: "notes",
+}
+BAD = (FAILED, UNVERIFIED, DEAD)
+_SAYS = (
+    (re.compile(r"throttled"), THROTTLED),
+    (re.compile(r"other processes"), OTHERS),
+    (re.compile(r"not verified"), UNVERIFIED),
+    (re.compile(r"^No \w+ trace|add up to|has a place in the model|left out of the trace"), TRACE),
+    (re.compile(r"left out\.$"), FAILED),
+)
+"""How a sentence of `run.json` tells its kind; others are notes."""
+_SHOWN = 6
+"""Sentences of one kind that are shown without a click."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A sentence on one run or comparison, named by `where`."""
+
+    kind: str
+    where: str
+    text: str
+
+
+def doubts(data: Data) -> list[Doubt]:
+    """Of all runs and comparisons, worst kind first, none twice."""
+    found = dict.fromkeys(
+        [d for run in data.runs.runs for d in _of_run(data, run)] + [d for c in data.comparisons for d in _of(c)]
+    )
+    order = list(KINDS)
+    return sorted(found, key=lambda doubt: order.index(doubt.kind))
+
+
+def section(data: Data) -> Section:
+    """All doubts at the page's top; a sentence that there are none where that is so."""
+    found = doubts(data)
+    if not found:
+        return Section(
+            "Warnings", [html.paragraph("None: all runs finished, verified, unthrottled, alone on the GPU.")]
+        )
+    parts = []
+    for kind, title in KINDS.items():
+        texts: dict[str, list[str]] = {}
+        for doubt in found:
+            if doubt.kind == kind:
+                texts.setdefault(doubt.text, []).append(doubt.where)
+        if not texts:
+            continue
+        items = [f"<li>{html.escape(t)} <small>{html.escape('; '.join(w))}</small></li>" for t, w in texts.items()]
+        shown, rest = items[:_SHOWN], items[_SHOWN:]
+        more = html.folded(f"{len(rest)} more", f"<ul>{''.join(rest)}</ul>") if rest else ""
+        weight = "bad" if kind in BAD else "note" if kind == NOTE else "doubt"
+        parts.append(f'<div class="doubts {weight}"><h3>{html.escape(title)}</h3><ul>{"".join(shown)}</ul>{more}</div>')
+    return Section("Warnings", parts)
+
+
+def _of_run(data: Data, run: Mapping[str, Any]) -> Iterator[Doubt]:
+    where = data.name_of(run)
+    told = [(_kind(text), text) for text in run.get("warnings") or ()]
+    for kind, text in told:
+        if kind == OTHERS and (comparison := data.comparison_of(run)):
+            text = f"{text} In a comparison the other contestants are ({len(comparison.engines)} in this one)."
+        yield Doubt(kind, where, text)
+    kinds = {kind for kind, _ in told}
+    checks: list[tuple[str, Callable[[Data, Mapping[str, Any]], Iterator[str]]]] = [
+        (FAILED, _failures), (UNVERIFIED, _unverified), (UNPROVEN, _unproven), (THROTTLED, _throttled),
+        (OTHERS, _others), (UNSURE, _unsure), (QUEUE, _growing), (NOTE, _notes),
+    ]  # fmt: skip
+    for kind, check in checks:
+        if kind in (THROTTLED, OTHERS) and kind in kinds:  # the run says so itself
+            continue
+        for text in check(data, run):
+            yield Doubt(kind, where, text)
+
+
+def _kind(text: str) -> str:
+    return next((kind for pattern, kind in _SAYS if pattern.search(text)), NOTE)
+
+
+def _failures(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    status = run.get("status")
+    if status != "ok":
+        yield f"This run is {status}. {run.get('error', '')}".rstrip()
+    yield from run.get("failures") or ()
+    told = " ".join(run.get("failures") or ())
+    for name in ("steps", "rounds"):
+        frame = getattr(data.runs, name)
+        failed = frame[(frame["run_id"] == run["run_id"]) & (frame["status"] != "ok")]
+        for reason, count in failed["status"].value_counts().items():
+            if str(reason) not in told:
+                yield f"{count} rows of {name} failed: {reason}"
+    for shape in run.get("shapes") or ():
+        if "timed" not in shape:
+            yield f"{Shape.of(shape)}: not reached."
+
+
+def _unverified(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    verification = run.get("verification") or {}
+    status = verification.get("status", "missing")
+    if status != PASSED and "not verified" not in " ".join(run.get("warnings") or ()):
+        reason = verification.get("reason")
+        yield f"Verification: {status}{f' ({reason})' if reason else ''}."
+
+
+def _unproven(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    verification = run.get("verification") or {}
+    ratios = {name: (verification.get(f"{name}_ratio") or {}).get("value") for name in ("kl", "nll_delta")}
+    above = {name: value for name, value in ratios.items() if isinstance(value, int | float) and value > NOISE_FACTOR}
+    if verification.get("status") == PASSED and above:
+        each = ", ".join(f"{name} {value:.2f} times the noise of its dtype" for name, value in above.items())
+        yield f"{each}, above {NOISE_FACTOR}; passed because the interval reaches down to it."
+
+
+def _throttled(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    states = {name: run.get(name) for name in ("gpu_before", "gpu_after")}
+    states |= {str(Shape.of(s)): (s.get("timed") or {}).get("gpu") for s in run.get("shapes") or ()}
+    for name, state in states.items():
+        if state and state.get("throttled"):
+            yield f"{name.replace('_', ' ')}: the GPU was throttled ({', '.join(state['throttle_reasons'] or ())})."
+
+
+def _others(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("gpu_before", "gpu_after"):
+        if others := (run.get(name) or {}).get("other_processes"):
+            yield f"{len(others)} other processes were on the GPU ({name.replace('_', ' ')})."
+
+
+def _unsure(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    asked = ((run.get("config") or {}).get("instrument") or {}).get("precision")
+    if asked is None:
+        return
+    for shape in run.get("shapes") or ():
+        timed = shape.get("timed") or {}
+        if timed.get("status") == "ok" and timed.get("stop") != "precision":
+            width = (timed["wall_us_high"] - timed["wall_us_low"]) / timed["wall_us"]
+            if width > asked:
+                yield (
+                    f"{Shape.of(shape)}: the interval is {width:.1%} wide where {asked:.0%} was asked; sampling ended "
+                    f"by {str(timed.get('stop', 'an unknown rule')).replace('_', ' ')}."
+                )
+
+
+def _growing(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    for served in run.get("serving") or ():
+        if served.get("still_growing"):
+            yield f"At {served['rate']:g} requests/s more requests were unfinished at the end than before."
+
+
+def _notes(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    if (run.get("weights") or {}).get("source") == "random" and "andom weights" not in " ".join(
+        run.get("warnings") or ()
+    ):
+        yield "Random weights."
+    if slimmed := run.get("slimmed"):
+        yield (
+            f"Its tables hold at most {slimmed['max_iterations']} iterations of each shape; medians of whole steps and "
+            "their intervals are from all."
+        )
+    if ((run.get("provenance") or {}).get("git") or {}).get("dirty"):
+        yield "The code differed from its commit."
+
+
+def _of(comparison: Comparison) -> Iterator[Doubt]:
+    where = comparison.folder.name
+    if comparison.record.get("status") != "ok":
+        yield Doubt(FAILED, where, f"This comparison is {comparison.record.get('status')}.")
+    for label, reason in comparison.reasons.items():
+        yield Doubt(DEAD, where, f"{label}: {reason}")
+    if comparison.launches < MIN_LAUNCHES:
+        yield Doubt(
+            LAUNCHES,
+            where,
+            f"{comparison.launches} launch{'' if comparison.launches == 1 else 'es'}: what differs from one start of "
+            f"the engines to the next is not in the intervals (from {MIN_LAUNCHES} launches on it is).",
+        )
+    for row in comparison.rows:
+        for label, cell in row.cells.items():
+            if cell.spread is None and label not in comparison.reasons:
+                yield Doubt(FAILED, where, f"{row.name}, {label}: {cell.reason}")
+            elif cell.ratio and cell.ratio.pairs > 1 and cell.ratio.verdict(row.higher_is_better) == "even":
+                ends = f"{cell.ratio.low:.3f} to {cell.ratio.high:.3f}"
+                text = f"{row.name}, {label}: the ratio's interval ({ends}) reaches over 1."
+                yield Doubt(UNSURE, where, text)

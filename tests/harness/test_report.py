@@ -1,0 +1,482 @@
+"""What the report shows, against the tables themselves, closed forms, and a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from report_runs import DECODE, SHAPE, Page, kernel_trace, key, record, step_row, timed, write
+from test_runner import TINY, silent
+
+from harness.config import compose
+from harness.report import doubts, style
+from harness.report.__main__ import BAD_INPUT, OK, main, plots_folder
+from harness.report.data import Data
+from harness.report.labels import feature_set
+from harness.report.page import page
+from harness.report.report import Report
+from harness.results import RunWriter, load, write_json
+from harness.runner import run
+
+REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "h200"
+SECTIONS = ("warnings", "headline", "comparison", "latency", "throughput", "serving", "layers", "heat", "steps",
+            "roofline", "ops", "ablation", "energy", "provenance")  # fmt: skip
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
+
+
+def shown(folders: Path | list[Path], tmp_path: Path, only: tuple[str, ...] = SECTIONS, **ceilings: float) -> Page:
+    """The page of some folders, without the notebook around it."""
+    paths = folders if isinstance(folders, list) else [folders]
+    report = Report(paths, tmp_path / "plots", **ceilings)
+    sections = [section for name in only if (section := getattr(report, name)())]
+    return Page(page(report.title()._repr_html_() + "".join(section._repr_html_() for section in sections)))
+
+
+def texts(folder: Path) -> list[tuple[str, str]]:
+    """Kind and text of every warning of the runs below a folder."""
+    return [(doubt.kind, doubt.text) for doubt in doubts.doubts(Data.read(folder))]
+
+
+def first_number(cell: str) -> float:
+    return float(re.match(r"[\d.,]+", cell)[0].replace(",", ""))  # type: ignore[index]
+
+
+def close(cell: str, value: float) -> bool:
+    """Whether a cell's first number is `value` to the digits that it shows."""
+    text = re.match(r"[\d.,]+", cell)[0].replace(",", "")  # type: ignore[index]
+    return abs(float(text) - value) <= 0.5000001 * 10 ** -len(text.partition(".")[2])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run on this machine's processor."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    quick = ("instrument.max_iterations=10", "instrument.traced_iterations=3", "instrument.max_seconds_per_shape=2")
+    wanted = ["engine=nano", "model=tiny", f"weights={TINY}", "workload=smoke", "device=cpu", *quick]
+    run(compose(wanted), folder, silent())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_page(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return shown(tiny, tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def h200(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the committed runs, made by the command."""
+    pytest.importorskip("papermill", reason="the extra `report` is not installed")
+    target = tmp_path_factory.mktemp("h200") / "report.html"
+    assert main([str(REFERENCE), "-o", str(target), "--read", "4.34", "--matrix", "815"]) == OK
+    return target
+
+
+@pytest.fixture(scope="module")
+def h200_page(h200: Path) -> Page:
+    return Page(h200.read_text())
+
+
+# --- numbers ---
+
+
+def test_headline_of_a_real_run_is_its_steps(tiny: Path, tiny_page: Page) -> None:
+    steps = pq.read_table(tiny / "steps.parquet").to_pandas()
+    steps = steps[~steps["instrumented"]]
+    medians = steps.groupby(["phase", "batch_size", "new_tokens", "context_len"])["wall_us"].median() / 1e3
+    table = tiny_page.table("Headline")
+    assert len(table.rows) == len(medians) > 2
+    for (phase, batch, new, context), median_ms in medians.items():
+        size = f"batch {batch}, context {context}" if phase == "decode" else f"{batch} × {new // batch} tokens"
+        cell = table.cell(f"{phase}, {size}, ms", "nano")
+        assert close(cell, median_ms)
+        low, high = (float(end) for end in re.findall(r"\((.*) – (.*)\)", cell)[0])
+        own = steps[(steps["phase"] == phase) & (steps["batch_size"] == batch)]["wall_us"] / 1e3
+        assert 0.99 * own.min() <= low <= 1.01 * median_ms and 0.99 * median_ms <= high <= 1.01 * own.max()
+
+
+def test_ops_of_a_real_run_are_its_layers(tiny: Path, tiny_page: Page) -> None:
+    layers = pq.read_table(tiny / "layers.parquet").to_pandas()
+    largest = layers[(layers["phase"] == "decode") & (layers["batch_size"] == layers["batch_size"].max())]
+    ops = largest[(largest["layer_index"] >= 0) & (largest["op"] != "layer")]
+    sums = ops.pivot_table(index=["op", "layer_index"], columns="iteration", values="latency_us", aggfunc="sum")
+    means = sums.median(axis=1).groupby("op").mean()
+    batch = int(largest["batch_size"].iloc[0])
+    table = tiny_page.table("Layers and ops", f"decode, batch {batch}")
+    assert {row[0] for row in table.rows} == set(means.index) and len(means) > 8
+    for op, us in means.items():
+        assert close(table.cell(str(op), "nano, µs"), us), op
+
+
+def test_committed_steps_and_ratios(h200_page: Page) -> None:
+    """The headline has the numbers of run.json, which are from all samples, and the ratio is of two of them."""
+    by_engine = {}
+    for engine in ("fused", "nano", "vllm"):
+        run = json.loads((REFERENCE / f"{engine}-qwen3-0.6b-latency" / "run.json").read_text())
+        by_engine[engine] = {
+            (s["phase"], s["batch_size"], s["tokens"]): s["timed"]["wall_us"] / 1e3 for s in run["shapes"]
+        }
+    table = h200_page.table("Headline", "qwen3-0.6b, bfloat16, latency")
+    for phase, batch, tokens in by_engine["nano"]:
+        size = f"batch {batch}, context {tokens}" if phase == "decode" else f"{batch} × {tokens} tokens"
+        values = {engine: of[phase, batch, tokens] for engine, of in by_engine.items()}
+        for engine, value in values.items():
+            cell = table.cell(f"{phase}, {size}, ms", engine)
+            assert close(cell, value)
+            others = {name: of for name, of in values.items() if name != engine}
+            peer = min(others, key=others.__getitem__)
+            ratio, name = re.search(r"([\d.]+)× (\w+)", cell).groups()  # type: ignore[union-attr]
+            assert name == peer and float(ratio) == pytest.approx(value / others[peer], abs=6e-4)
+
+
+def test_committed_layers_inside_graphs(h200_page: Page) -> None:
+    layers = pq.read_table(REFERENCE / "nano-qwen3-0.6b-latency" / "layers.parquet").to_pandas()
+    mine = layers[(layers["mode"] == "graph") & (layers["batch_size"] == 1) & (layers["context_len"] == 128)]
+    whole = mine[mine["op"] == "layer"].groupby("layer_index")["latency_us"].median()
+    table = h200_page.table("Time per layer", "latency: decode, batch 1, context 128")
+    row = next(r for r in table.rows if r[:2] == ["nano", "whole layer, not split"])
+    assert close(row[2], whole.sum()) and close(row[3], whole.mean()) and close(row[5], whole.max())
+    head = mine[mine["block"] == "head"].groupby("iteration")["latency_us"].sum().median()
+    assert close(next(r for r in table.rows if r[:2] == ["nano", "final norm and head"])[2], head)
+
+
+def test_committed_comparison_is_its_rounds(h200_page: Page) -> None:
+    """The ratio of two engines is the geometric mean of rounds of one number."""
+    folder = next(REFERENCE.glob("compare-*nano_vllm-nano-vllm"))
+    rounds = pd.concat(pq.read_table(f).to_pandas() for f in folder.rglob("rounds.parquet"))
+    one = rounds[(rounds["metric"] == "tpot_ms") & (rounds["batch_size"] == 32)]
+    values = one.pivot_table(index=["launch", "round"], columns="engine", values="value")
+    cell = h200_page.table("Headline", "taking turns").cell("decode, batch 32, prompt 128, TPOT ms", "nano")
+    assert close(cell, values["nano"].median())
+    expected = np.exp(np.log(values["nano"] / values["nano_vllm"]).mean())
+    assert float(re.search(r"([\d.]+)×", cell)[1]) == pytest.approx(expected, abs=6e-4)  # type: ignore[index]
+
+
+def test_kernels_are_preferred_and_parts_add_up(tmp_path: Path) -> None:
+    """Hand-made: medians over s = 0, 1, 2 are those of s = 1; the eager rows beside them must not show."""
+    layers, steps = kernel_trace()
+    eager = [{**row, "source": "cuda_event", "mode": "eager", "latency_us": 999.0} for row in layers]
+    eager_steps = [{**row, "source": "cuda_event", "mode": "eager"} for row in steps]
+    shapes = [{**SHAPE, "timed": timed(140.0), "kernels": {"closure": 0.987, "overhead": 1.04}}]
+    host = [
+        {**key("host", "graph", i), "host_phase": phase, "latency_us": us + i}
+        for i in range(3)
+        for phase, us in (("schedule", 7.0), ("launch", 11.0), ("rest", 100.0))
+    ]
+    write(tmp_path / "run", record(shapes=shapes), layers + eager, steps + eager_steps, host)
+    found = shown(tmp_path / "run", tmp_path)
+    blocks = {row[1]: row[2:] for row in found.table("Time per layer").rows}
+    assert blocks["attention"] == ["40.00", "20.00", "20.00", "20.00"]  # 2 + (10 + 1) + 3 + 4, in two layers
+    assert blocks["MLP"] == ["40.00", "20.00", "20.00", "20.00"]
+    assert blocks["embedding"][0] == "5.000" and blocks["sampling"][0] == "6.000"
+    ops = {row[0]: row[1] for row in found.table("Layers and ops").rows}
+    assert ops == {"input_norm": "2.000", "qkv_proj": "11.00", "attention": "7.000", "down_proj": "20.00"}
+    parts, phases = (t for t in found.tables if t.section == "Where the step goes")
+    [row] = parts.rows
+    named = dict(zip(parts.header, row, strict=True))
+    # Of s = 1: wall 149, GPU 125; layers 2 × 41, embed 5, head 30, sample 6; 2 in gaps; 24 on the host.
+    assert named["traced by"] == "cupti, graph, arm default" and named["step, ms"] == "0.140"
+    assert named["decoder layers"] == "0.082" and named["final norm and head"] == "0.030"
+    assert named["gaps between kernels"] == "0.002" and named["host only"] == "0.024"
+    assert named["traced step"] == "0.149" and named["closure"] == "0.987" and named["overhead"] == "1.04×"
+    assert phases.rows == [["decode, batch 1, context 128", "nano", "8.000", "12.00", "101.0"]]
+
+
+def test_roofline_shares_are_floor_over_time(h200_page: Page) -> None:
+    """One op by hand: nano's lm_head at batch 1 reads 151,936 × 1024 bfloat16 weights."""
+    table = next(t for t in h200_page.tables if t.section == "Roofline" and "batch 1, context 128" in t.heading)
+    row = dict(zip(table.header, next(r for r in table.rows if r[:2] == ["nano", "lm_head"]), strict=True))
+    moved = 151936 * 1024 * 2 + 1024 * 2 + 151936 * 2
+    assert close(row["MB"], moved / 1e6) and row["bound by"] == "bytes"
+    assert close(row["floor, µs"], moved / 4.34e12 * 1e6)
+    assert first_number(row["achieved"]) == pytest.approx(100 * moved / 4.34e6 / first_number(row["µs"]), abs=0.1)
+
+
+def test_ratios_need_the_same_machine_and_a_verified_peer(tmp_path: Path) -> None:
+    def made(name: str, engine: str, us: float, **changed: Any) -> None:
+        write(tmp_path / "runs" / name, record(engine, shapes=[{**SHAPE, "timed": timed(us)}], **changed))
+
+    made("a", "nano", 2000.0)
+    made("b", "fused", 1000.0)
+    made("c", "vllm", 500.0, verification={"status": "skipped", "reason": "verify=false"})
+    made("d", "hf", 100.0, contestant=False)
+    elsewhere = {**record()["provenance"], "gpu": {"name": "NVIDIA H100", "driver": "580"}}
+    made("e", "toy_engine", 10.0, provenance=elsewhere)
+    table = shown(tmp_path / "runs", tmp_path, ("headline",)).table("Headline")
+    row = "decode, batch 1, context 128, ms"
+    assert table.cell(row, "nano") == "2.000 (1.980 – 2.020) | 2.000× fused (1.960 – 2.040)"
+    assert table.cell(row, "fused").endswith("0.500× nano (0.490 – 0.510)")
+    assert "×" not in table.cell(row, "vllm (not verified)") and "×" not in table.cell(row, "toy_engine")
+    assert "10.000× fused" not in table.cell(row, "hf") and "0.100× fused" in table.cell(row, "hf")
+
+
+# --- warnings ---
+
+
+def test_warnings_of_every_kind(tmp_path: Path) -> None:
+    gpu = {"throttled": True, "throttle_reasons": ["sw_power_cap"], "other_processes": []}
+    others = {"throttled": False, "throttle_reasons": [], "other_processes": [{"pid": 1, "memory_mib": 2}]}
+    ratio = {"kl_ratio": {"value": 1.3, "low": 1.0}, "nll_delta_ratio": {"value": 1.0, "low": 0.9}}
+    run = record(
+        shapes=[{**SHAPE, "timed": timed(100.0, gpu=gpu, stop="time", wall_us_high=120.0)},
+                {**SHAPE, "batch_size": 2, "timed": {"status": "out of memory: no"}}],
+        gpu_before=others, verification={**record()["verification"], **ratio},
+        failures=["decode of 2, timed: out of memory: no"], warnings=["No graph trace: no events here."],
+        serving=[{"rate": 4.0, "still_growing": True}, {"rate": 1.0, "still_growing": False}],
+        provenance={**record()["provenance"], "git": {"commit": "c", "dirty": True}},
+    )  # fmt: skip
+    failed = step_row(key("host", "graph", 0), None, instrumented=False, status="out of memory: no")
+    write(tmp_path / "runs" / "a", run, steps=[failed])
+    write(tmp_path / "runs" / "b", record("vllm", verification={"status": "skipped", "reason": "verify=false"}))
+    found = texts(tmp_path / "runs")
+    by_kind: dict[str, list[str]] = {}
+    for kind, text in found:
+        by_kind.setdefault(kind, []).append(text)
+    assert by_kind.pop(doubts.FAILED) == ["decode of 2, timed: out of memory: no"]  # its row says it no second time
+    assert by_kind.pop(doubts.UNVERIFIED) == ["Verification: skipped (verify=false)."]
+    assert "kl 1.30 times" in by_kind.pop(doubts.UNPROVEN)[0]
+    assert by_kind.pop(doubts.THROTTLED) == ["decode, batch 1, context 128: the GPU was throttled (sw_power_cap)."]
+    assert by_kind.pop(doubts.OTHERS) == ["1 other processes were on the GPU (gpu before)."]
+    assert "21.0% wide where 5%" in by_kind.pop(doubts.UNSURE)[0]
+    assert "At 4 requests/s" in by_kind.pop(doubts.QUEUE)[0]
+    assert by_kind.pop(doubts.TRACE) == ["No graph trace: no events here."]
+    assert by_kind.pop(doubts.NOTE) == ["The code differed from its commit."]
+    assert not by_kind
+    order = [list(doubts.KINDS).index(kind) for kind, _ in found]
+    assert order == sorted(order)
+
+
+def test_a_clean_run_has_no_warnings(tmp_path: Path) -> None:
+    write(tmp_path / "run", record(shapes=[{**SHAPE, "timed": timed(100.0)}]))
+    assert texts(tmp_path / "run") == []
+
+
+def test_committed_warnings_are_at_the_top(h200: Path, h200_page: Page) -> None:
+    text = h200.read_text()
+    assert [h for h in h200_page.headings if h in ("Warnings", "Headline")] == ["Warnings", "Headline"]
+    top = text[: text.index('<h2 id="headline"')]
+    record = json.loads((next(REFERENCE.glob("compare-*nano_vllm-nano-vllm")) / "comparison.json").read_text())
+    assert len(record["reasons"]) == 2
+    for label in record["reasons"]:
+        assert f"{label}: " in top
+    assert "1 launch: what differs" in top and "the GPU was throttled" in top
+
+
+def test_comparisons_say_what_is_unsure_and_who_died(tmp_path: Path) -> None:
+    folder = comparison(
+        tmp_path / "compare", {"nano": [1.0, 1.0, 1.0, 1.0], "fused": [0.9, 1.2, 0.8, 1.1]}, dead="vllm"
+    )
+    found = dict(texts(folder))
+    assert found[doubts.DEAD] == "vllm: no such package"
+    assert "reaches over 1" in found[doubts.UNSURE]
+    table = shown(folder, tmp_path, ("headline", "comparison", "latency")).table("Headline")
+    cell = table.cell("decode, batch 1, prompt 128, TPOT ms", "fused")
+    middle = math.exp(np.mean(np.log([0.9, 1.2, 0.8, 1.1])))
+    assert f"{middle:.3f}×" in cell and cell.endswith("unsure")
+    assert table.header == ["", "nano", "fused"]
+
+
+def comparison(folder: Path, values: dict[str, list[float]], dead: str = "", features: Any = None) -> Path:
+    """A comparison of one launch with a TPOT per round for each contestant; the first one is the baseline."""
+    for label, of in values.items():
+        engine = label.partition(":")[0]
+        rows = [
+            {"engine": engine, "arm": "default", "metric": "tpot_ms", "phase": "decode", "batch_size": 1, "tokens": 128,
+             "output_len": 129, "launch": 0, "round": i, "started_s": float(i), "samples": 1, "value": value,
+             "status": "ok"}
+            for i, value in enumerate(of)
+        ]  # fmt: skip
+        name = re.sub(r"[^\w.=-]+", "-", label)
+        notes = {"features": features[label]} if features else {}
+        write(folder / "launch-0" / name, record(engine, workload="tpot", notes=notes), rounds=rows)
+    write_json(folder / "launch-0" / "comparison.json", {"launch": 0, "reasons": {}})
+    engines = [*values, dead] if dead else list(values)
+    settings = {"engines": engines, "baseline": engines[0], "model": {"name": "toy"}, "workload": {"name": "tpot"}}
+    reasons = {dead: "no such package"} if dead else {}
+    write_json(folder / "comparison.json", {"settings": settings, "status": "ok", "reasons": reasons})
+    return folder
+
+
+# --- runs that have little to show ---
+
+
+def test_an_empty_and_a_failed_run(tmp_path: Path) -> None:
+    write(tmp_path / "runs" / "empty", record("nano"))
+    failed = record(
+        "fused", status="failed", error="RunFailed: it broke", shapes=[SHAPE], verification={"status": "failed"}
+    )
+    write(tmp_path / "runs" / "failed", failed)
+    write_json(
+        write(tmp_path / "runs" / "begun", {}) / "run.json", {"run_id": "x", "schema_version": 1, "status": "running"}
+    )
+    found = shown(tmp_path / "runs", tmp_path)
+    assert found.table("Headline").cell("decode, batch 1, context 128, ms", "fused (not verified)") == "not reached"
+    assert {"Warnings", "Headline", "Provenance"} <= set(found.headings)
+    assert not {"Time per layer", "Op study", "What each feature is worth", "Energy"} & set(found.headings)
+    kinds = texts(tmp_path / "runs")
+    assert (doubts.FAILED, "This run is failed. RunFailed: it broke") in kinds
+    assert (doubts.FAILED, "This run is running.") in kinds and (doubts.UNVERIFIED, "Verification: failed.") in kinds
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "-o", str(tmp_path / "report.html")]) == BAD_INPUT
+    assert "holds no run" in capsys.readouterr().err and not (tmp_path / "report.html").exists()
+
+
+# --- a sweep, an op study, an ablation ---
+
+
+def test_runs_of_a_sweep_are_told_apart(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        config = {**record()["config"], "seed": seed}
+        write(tmp_path / "runs" / str(seed), record(config=config, shapes=[{**SHAPE, "timed": timed(seed * 1e3)}]))
+    write(tmp_path / "runs" / "other", record(model="large", shapes=[{**SHAPE, "timed": timed(7e3)}]))
+    found = shown(tmp_path / "runs", tmp_path, ("headline",))
+    toy, large = found.table("Headline", "toy"), found.table("Headline", "large")
+    assert toy.header == ["", "nano seed=1", "nano seed=2"] and large.header == ["", "nano"]
+    assert "7.000" in large.rows[0][1]
+
+
+def test_op_study_says_where_fusing_loses(tmp_path: Path) -> None:
+    times = {("fused", 1): 2.0, ("torch", 1): 3.0, ("fused", 64): 9.0, ("torch", 64): 5.0}
+    common = {"op": "qkv_proj", "dtype": "bfloat16", "mode": "graph", "source": "cuda_event", "bytes": 1,
+              "operations": 1, "saved_bytes": 0, "error": 0.0}  # fmt: skip
+    samples = [
+        {**common, "variant": variant, "shape": f"{rows}x4096x1024", "rows": rows, "iteration": i,
+         "latency_us": us + noise, "status": "ok"}
+        for (variant, rows), us in times.items() for i, noise in enumerate((-0.5, 0.0, 7.0))
+    ]  # fmt: skip
+    failed = {**samples[0], "variant": "liger", "latency_us": None, "error": None, "status": "not installed"}
+    both = {"fused": "fused", "unfused": "torch", "ratio": 1.8, "low": 1.7, "high": 1.9, "verdict": "slower"}
+    product = {"op": "qkv_proj", "weight_rows": 4096, "k": 1024, "rows": [{"rows": 64, "fused_over_unfused": both}]}
+    writer = RunWriter(tmp_path / "run", "study")
+    writer.add_ops([*samples, failed])
+    writer.flush()
+    writer.write_run(record("ops", study=[product], verification={"status": "passed"}))
+    table = shown(tmp_path / "run", tmp_path).table("Op study", "qkv_proj, weight 4096 × 1024, bfloat16")
+    assert table.header[:3] == ["rows", "fused, µs", "torch, µs"]
+    assert table.rows[0] == ["1", "2.000", "3.000", "fused", "–"]
+    assert table.rows[1] == ["64", "9.000", "5.000", "torch", "fused / torch 1.800× | (1.700 – 1.900) fusing loses"]
+    assert texts(tmp_path / "run") == []
+
+
+def test_features_are_weighed_against_all_of_them(tmp_path: Path) -> None:
+    features = {"fused": ["head", "loop"], "fused:features=loop": ["loop"]}
+    values = {"fused": [2.0, 2.0, 2.0], "fused:features=loop": [2.5, 2.5, 2.5]}
+    folder = comparison(tmp_path / "compare", values, features=features)
+    table = shown(folder, tmp_path, ("ablation",)).table("What each feature is worth")
+    assert table.header == ["", "all features", "without head"]
+    assert table.rows[0][2] == "2.500 (2.500 – 2.500) | 1.250× (1.250 – 1.250)"
+
+
+def test_feature_sets_in_words() -> None:
+    every = [("a", "b", "c", "d"), ("a",), (), ("a", "b", "c")]
+    assert [feature_set(f, every) for f in every] == ["all features", "only a", "no features", "without d"]
+
+
+# --- the page as a page ---
+
+
+def test_the_page_needs_nothing_else(h200: Path, h200_page: Page) -> None:
+    text = h200.read_text()
+    assert "<script" not in text and "jp-InputArea" not in text and "Report([" not in text
+    for name, value in h200_page.attributes:
+        if name in ("src", "href", "xlink:href") and value:
+            assert value.startswith(("#", "data:")), (name, value[:80])
+    assert "@import" not in text and "url(http" not in text
+    assert not re.search(r"(?<![\w/])/(root|home|tmp)/", text)
+
+
+def test_plots_lie_beside_the_page(h200: Path, h200_page: Page) -> None:
+    files = sorted(path.name for path in plots_folder(h200).iterdir())
+    assert len(files) == 2 * h200_page.tags["svg"] > 20
+    assert {name.rpartition(".")[2] for name in files} == {"svg", "png"}
+    svg = next(plots_folder(h200).glob("latency-*.svg")).read_text()
+    assert "prefers-color-scheme: dark" in svg and "currentColor" in svg and style.INK not in svg
+
+
+def test_ids_are_unique(h200: Path) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', h200.read_text())
+    assert len(ids) == len(set(ids))
+
+
+def test_engines_keep_their_colours(h200: Path) -> None:
+    for path in plots_folder(h200).glob("*.svg"):
+        if path.name.startswith(("latency-qwen", "throughput", "layers", "step", "roofline")):
+            text = path.read_text()
+            assert all(style.color(engine) in text for engine in ("vllm", "nano", "fused")), path.name
+            assert style.color("nano_vllm") not in text and style.color("hf") not in text
+    looks = {(style.color(e), style.marker(e)) for e in ("vllm", "nano", "fused", "nano_vllm", "hf", "somebody's")}
+    assert len({c for c, _ in looks}) == len({m for _, m in looks}) == 6
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[str]:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if not found:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    yield found
+
+
+@pytest.mark.parametrize(
+    ("scheme", "setting", "background"), [("light", 1, (255, 255, 255)), ("dark", 0, (20, 24, 29))]
+)
+def test_a_browser_opens_it(
+    browser: str, h200: Path, tmp_path: Path, scheme: str, setting: int, background: tuple[int, int, int]
+) -> None:
+    """Drawn in the wanted scheme, with nothing on the console."""
+    shot = tmp_path / f"{scheme}.png"
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={setting}",
+        "--window-size=1200,2400", f"--screenshot={shot}", h200.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert shot.is_file(), done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    pixels = (matplotlib.image.imread(shot)[..., :3] * 255).round().astype(int)
+    assert tuple(pixels[2, 2]) == background
+    assert (np.abs(pixels - background).sum(-1) > 60).mean() > 0.02  # and there is something on it
+
+
+def test_the_notebook_runs_by_itself(tiny: Path, tmp_path: Path) -> None:
+    """From its own folder with its own parameters, as Jupyter starts it; on a small run in place of the large ones."""
+    nbformat = pytest.importorskip("nbformat", reason="the extra `report` is not installed")
+    nbclient = pytest.importorskip("nbclient")
+    source = Path(__file__).parents[2] / "notebooks" / "report.ipynb"
+    text = source.read_text()
+    assert "../results/reference/h200" in text and REFERENCE.is_dir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "results" / "reference").mkdir(parents=True)
+    shutil.copytree(tiny, tmp_path / "results" / "reference" / "h200")
+    notebook = nbformat.reads(text, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "committed without outputs"
+    nbclient.NotebookClient(
+        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "notebooks")}}
+    ).execute()
+    html = "".join(o["data"].get("text/html", "") for c in notebook.cells for o in c.get("outputs", []) if "data" in o)
+    assert "<h2" in html and (tmp_path / "notebooks" / "report_plots").is_dir()
+
+
+def test_report_of_a_run_reads_as_load_does(tiny: Path) -> None:
+    """The frames that the sections get are whole: no row is lost between shapes."""
+    data = Data.read(tiny)
+    entry = data.settings[0].entries[0]
+    rows = sum(len(data.rows("layers", entry, shape)) for shape in data.settings[0].shapes)
+    assert rows == len(load(tiny).layers) > 0
+
+
+def test_decode_shape_key_matches_rows() -> None:
+    from harness.report.data import KEYS, Shape
+
+    assert dict(zip(KEYS, Shape.of(SHAPE).key, strict=True)) == DECODE
