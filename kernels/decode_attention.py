@@ -14,14 +14,19 @@ Per row what `qk_norm_rope_cache` and `paged_attention` do one after the other: 
 Fused: three launches and more into one. Saved: the write and read of q, k and v between them, the read of the new k
 and v from the cache, and the launch that merges the splits' parts.
 
-A program takes one row, one key/value head with all its query heads, and one split of the context. A captured graph is
-bound to the longest context, most contexts are far shorter; so the number of splits follows from shapes, and each row's
-own length is parted on the device: in as few pieces of at least `Launch.piece` keys as fit, the other splits return at
-once. A context of one piece is written straight to the output; of several, the program that comes last merges them.
+A captured graph is bound to the longest context, most contexts are far shorter; so the number of splits of a context
+follows from shapes, and each row's own length is parted on the device; splits without a key return at once. A context
+of one piece is written straight to the output; of several, the program that comes last merges them.
 
-The tile's products come from the tensor cores (`Launch.dot`), whose tiles have 16 rows however few the query heads are,
-or from multiplications and sums in float32, which need no exchange between threads but that of the scores. There keys
-are spread over SLOTS groups of threads; each slot has a softmax of its own, merged with the others' at the end.
+Two ways (`Launch.dot`):
+- A stream, for many rows: a program takes one row, one key/value head with all its query heads, and one piece of at
+  least `Launch.piece` keys, tile after tile through shared memory and tensor cores, whose tiles have 16 rows however
+  few the query heads are. `Launch.ahead` keys are asked into the L2 before the wait.
+- From registers, for few rows, where latencies count: a program holds a whole tile of keys, and one half of its
+  values' columns, in registers before the wait; two programs do the same scores for two halves of the output, and none
+  of them needs the other. Products are sums in float32, which need no exchange between threads but that of the scores.
+  Keys are spread over SLOTS groups of threads; each slot has a softmax of its own, merged with the others' at the end.
+  Of SPLITS programs each takes every SPLITS-th tile: its first one is found without the context's length.
 """
 
 from __future__ import annotations
@@ -61,8 +66,12 @@ class Launch:
     block_n: keys of a tile, a power of two
     splits: programs that share a row's context, a power of two, up to MAX_SPLITS
     piece: least keys of a split, a multiple of block_n
-    dot: products on tensor cores
+    dot: products on tensor cores; else piece is block_n
     num_stages: of the dot's software pipeline, where the look-up of the block takes half: 5 keep two tiles under way
+    ahead: with dot, keys to ask into the L2 before the wait, a power of two or 0; needs dependent launches
+    heads: without dot, query heads of a program, a divisor of the group; 0: all that share the key/value head
+    registers: at most so many for each thread, 0: any number. Programs start before the wait only where they fit beside
+        those of the kernel before
     """
 
     block_n: int
@@ -71,6 +80,9 @@ class Launch:
     num_warps: int
     dot: bool
     num_stages: int = 1
+    ahead: int = 0
+    heads: int = 0
+    registers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_n", "splits"):
@@ -81,6 +93,12 @@ class Launch:
             raise ValueError(f"splits must be at most {MAX_SPLITS}, not {self.splits}.")
         if self.piece < 1 or self.piece % self.block_n:
             raise ValueError(f"piece must be a multiple of block_n, {self.block_n}, not {self.piece}.")
+        if not self.dot and self.piece != self.block_n:
+            raise ValueError(f"without dot, piece must be block_n, {self.block_n}, not {self.piece}.")
+        if self.dot and (self.heads or self.registers):
+            raise ValueError("heads and registers are for launches without dot.")
+        if self.ahead & (self.ahead - 1):
+            raise ValueError(f"ahead must be a power of two or 0, not {self.ahead}.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class Workspace:
     """Where the splits of one launch leave their parts. Launches that share it must run one after the other.
 
     parts: [rows * splits, heads, head_dim] float32, each split's own result; lse: [rows * splits, heads], log2 of its
-    sum of exponentials; counters: [rows * heads] int32, splits that are done. They are zero between launches.
+    sum of exponentials; counters: [rows * heads * 2] int32, splits that are done. They are zero between launches.
     """
 
     parts: Tensor
@@ -102,7 +120,7 @@ def workspace(rows: int, heads: int, head_dim: int, device: torch.device) -> Wor
     return Workspace(
         torch.empty((parts, heads, head_dim), dtype=torch.float32, device=device),
         torch.empty((parts, heads), dtype=torch.float32, device=device),
-        torch.zeros(min(rows, PART_ROWS) * heads, dtype=torch.int32, device=device),
+        torch.zeros(min(rows, PART_ROWS) * heads * 2, dtype=torch.int32, device=device),
     )
 
 
@@ -124,28 +142,40 @@ def reference(
 
 
 @triton.jit
-def _rows(source, mask, ROWS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load [ROWS * SLOTS, WIDTH] as [ROWS, SLOTS, WIDTH].
+def _head(source, mask, COUNT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Load [COUNT * SLOTS, WIDTH] as [COUNT, SLOTS, WIDTH].
 
     Triton (3.6 and 3.7 differ) spreads the dimensions of a load over threads by its own rules; of two, as one wants it:
     16 bytes of a row for each thread, then whole rows, and rows that lie SLOTS apart in the same thread.
     """
-    return tl.reshape(tl.load(source, mask=mask, other=0.0), [ROWS, SLOTS, WIDTH])
+    return tl.reshape(tl.load(source, mask=mask, other=0.0), [COUNT, SLOTS, WIDTH])
 
 
 @triton.jit
 def _rotated(x, partner, gamma, gamma_partner, cos, sin, eps, HEAD_DIM: tl.constexpr):
-    """Norm and rotate heads [n, SLOTS, D]; float32, rounded as the cache stores it.
+    """Norm and rotate heads [n, D]; float32, rounded as the cache stores it.
 
     An element of one half of a head turns with its `partner` in the other; `sin` bears the sign.
     """
     turned_x = x.to(tl.float32)
     turned_y = partner.to(tl.float32)
     if gamma is not None:
-        scale = tl.expand_dims(tl.rsqrt(tl.sum(turned_x * turned_x, axis=2) / HEAD_DIM + eps), 2)
+        scale = tl.rsqrt(tl.sum(turned_x * turned_x, axis=1) / HEAD_DIM + eps)[:, None]
         turned_x = turned_x * scale * gamma.to(tl.float32)
         turned_y = turned_y * scale * gamma_partner.to(tl.float32)
     return (turned_x * cos + turned_y * sin).to(x.dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotated_halves(low, high, gamma_low, gamma_high, cos, sin, eps, HEAD_DIM: tl.constexpr):
+    """Norm and rotate heads whose halves are apart, [n, SLOTS, D / 2] each; float32, not rounded."""
+    x = low.to(tl.float32)
+    y = high.to(tl.float32)
+    if gamma_low is not None:
+        scale = tl.expand_dims(tl.rsqrt(tl.sum(x * x + y * y, axis=2) / HEAD_DIM + eps), 2)
+        x = x * scale * gamma_low.to(tl.float32)
+        y = y * scale * gamma_high.to(tl.float32)
+    return x * cos - y * sin, y * cos + x * sin
 
 
 @triton.jit
@@ -169,30 +199,212 @@ def _pivot(peak):
 
 
 @triton.jit
-def _attend(total, norm, peak, q, k, v, seen, scale_log2, DOT: tl.constexpr):
-    """Add one tile of keys to the running softmax.
+def _ask_into_l2(pointers, wanted):
+    """Start bringing the lines of 128 bytes that are wanted into the L2; nothing waits for them.
 
-    DOT: q [D, M], k [BLOCK_N, D], v [D, BLOCK_N], seen [BLOCK_N, 1]; total [D, M], norm and peak [M]. The query heads
-    are the columns of both products: the instruction takes columns by 8, but rows by 16.
-    Else: q [BLOCK_G, 1, 1, D], k and v [1, BLOCK_N / SLOTS, SLOTS, D], seen [1, BLOCK_N / SLOTS, SLOTS];
-    total [BLOCK_G, SLOTS, D], norm and peak [BLOCK_G, SLOTS].
+    Line by line: the bulk prefetch takes its address from uniform registers, so a warp's threads would take turns.
     """
-    KEYS: tl.constexpr = 0 if DOT else 1
-    if DOT:
-        score = dot(k, q, tl.zeros([k.shape[0], q.shape[1]], tl.float32))
-    else:
-        score = tl.sum(q * k.to(tl.float32), axis=3)
-    score = tl.where(seen, score * scale_log2, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(score, axis=KEYS))
-    pivot = _pivot(new_peak)
-    weight = tl.exp2(score - tl.expand_dims(pivot, KEYS))
-    fade = tl.exp2(peak - pivot)
-    norm = norm * fade + tl.sum(weight, axis=KEYS)
-    if DOT:
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [pointers.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _from_stream(
+    token, q_weight, k_weight, angle, table, last, k_head, v_head, begin, end, new_place, adds_new, writes_new,
+    kv_head, eps, scale_log2,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Keys begin to end of one key/value head, tile after tile, on tensor cores: total [M, D], norm and peak [M]."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    HALF: tl.constexpr = HEAD_DIM // 2
+    KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    if AHEAD > 0:
+        LINE: tl.constexpr = 128 // k_head.dtype.element_ty.itemsize
+        LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
+        line = tl.arange(0, AHEAD * LINES)
+        key = begin + line // LINES
+        within_key = line % LINES * LINE
+        wanted = (key < end) & (within_key < HEAD_DIM)
+        block = tl.load(table + tl.minimum(key // BLOCK_SIZE, last), mask=wanted, other=0).to(tl.int64)
+        ahead = (block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_STRIDE + within_key
+        _ask_into_l2(k_head + ahead, wanted)
+        _ask_into_l2(v_head + ahead, wanted)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    in_d = d < HEAD_DIM
+    other = tl.where(d < HALF, d + HALF, d - HALF)
+    column = tl.where(d < HALF, d, d - HALF)
+    cos = tl.load(angle + column, mask=in_d, other=0.0)
+    sin = tl.load(angle + HALF + column, mask=in_d, other=0.0)
+    sin = tl.where(d < HALF, -sin, sin)
+    q_gamma = None
+    q_gamma_other = None
+    k_gamma = None
+    k_gamma_other = None
+    if q_weight is not None:
+        q_gamma = tl.load(q_weight + d, mask=in_d, other=0.0)
+        q_gamma_other = tl.load(q_weight + other, mask=in_d, other=0.0)
+        k_gamma = tl.load(k_weight + d, mask=in_d, other=0.0)
+        k_gamma_other = tl.load(k_weight + other, mask=in_d, other=0.0)
+
+    wait_for_previous(DEPENDENT)
+    g = tl.arange(0, BLOCK_G)[:, None]
+    q_head = token + (kv_head * GROUP + g) * HEAD_DIM
+    new_head = token + (HEADS + kv_head) * HEAD_DIM
+    in_q = (g < GROUP) & in_d
+    q = tl.load(q_head + d, mask=in_q, other=0.0)
+    q_other = tl.load(q_head + other, mask=in_q, other=0.0)
+    new_k = tl.load(new_head + d, mask=in_d, other=0.0)
+    k_other = tl.load(new_head + other, mask=in_d, other=0.0)
+    new_v = tl.load(new_head + KV_HEADS * HEAD_DIM + d, mask=in_d, other=0.0)
+    q = _rotated(q, q_other, q_gamma, q_gamma_other, cos, sin, eps, HEAD_DIM)
+    new_k = _rotated(new_k, k_other, k_gamma, k_gamma_other, cos, sin, eps, HEAD_DIM)
+    tl.store(k_head + new_place + d, new_k.to(new_v.dtype), mask=in_d & writes_new)
+    tl.store(v_head + new_place + d, new_v, mask=in_d & writes_new)
+
+    # The softmax starts with the new token, from registers: nobody waits for its write to the cache.
+    peak = tl.where(adds_new, tl.sum(q * new_k, axis=1) * scale_log2, float("-inf"))
+    norm = tl.where(adds_new, 1.0, tl.zeros_like(peak))
+    total = norm[:, None] * new_v.to(tl.float32)
+    # The query heads are the columns of both products: the instruction takes columns by 8, but rows by 16.
+    COLUMNS: tl.constexpr = BLOCK_G if BLOCK_G > 8 else 8  # fewer heads are repeated
+    REPEAT: tl.constexpr = COLUMNS // BLOCK_G
+    q = tl.reshape(tl.broadcast_to(q[None, :, :], [REPEAT, BLOCK_G, BLOCK_D]), [COLUMNS, BLOCK_D])
+    q = tl.trans(q.to(new_v.dtype))
+    total = tl.reshape(tl.broadcast_to(total[None, :, :], [REPEAT, BLOCK_G, BLOCK_D]), [COLUMNS, BLOCK_D])
+    total = tl.trans(total)
+    norm = tl.reshape(tl.broadcast_to(norm[None, :], [REPEAT, BLOCK_G]), [COLUMNS])
+    peak = tl.reshape(tl.broadcast_to(peak[None, :], [REPEAT, BLOCK_G]), [COLUMNS])
+
+    n = tl.arange(0, BLOCK_N)[:, None]
+    within = n * KV_STRIDE + d if BLOCK_SIZE % BLOCK_N == 0 else d
+    # Values are loaded as columns, for the second product.
+    v_n = tl.arange(0, BLOCK_N)[None, :]
+    v_d = tl.arange(0, BLOCK_D)[:, None]
+    v_within = v_n * KV_STRIDE + v_d if BLOCK_SIZE % BLOCK_N == 0 else v_d
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        places = _places(table, last, start, n, BLOCK_SIZE, BLOCK_N)
+        v_places = _places(table, last, start, v_n, BLOCK_SIZE, BLOCK_N)
+        k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < end - start) & in_d, other=0.0)
+        v = tl.load(v_head + v_places * KV_STRIDE + v_within, mask=(v_n < end - start) & (v_d < HEAD_DIM), other=0.0)
+        score = dot(k, q, tl.zeros([BLOCK_N, COLUMNS], tl.float32))
+        score = tl.where(n < end - start, score * scale_log2, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, axis=0))
+        pivot = _pivot(new_peak)
+        weight = tl.exp2(score - pivot[None, :])
+        fade = tl.exp2(peak - pivot)
+        norm = norm * fade + tl.sum(weight, axis=0)
         total = dot(v, weight.to(v.dtype), total * fade[None, :])
-    else:
-        total = total * fade[:, :, None] + tl.sum(weight[:, :, :, None] * v.to(tl.float32), axis=1)
-    return total, norm, new_peak
+        peak = new_peak
+    return tl.trans(total), norm, peak
+
+
+@triton.jit
+def _load_tile(
+    k_head, v_head, places, n, rest,
+    HALF: tl.constexpr, KV_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """Both halves of `rest` keys, and the half of their values that starts at `v_head`: [BLOCK_N, D / 2] each."""
+    d = tl.arange(0, BLOCK_HALF)[None, :]
+    within = places * KV_STRIDE + (n * KV_STRIDE + d if BLOCK_SIZE % BLOCK_N == 0 else d)
+    mask = (n < rest) & (d < HALF)
+    low = tl.load(k_head + within, mask=mask, other=0.0)
+    high = tl.load(k_head + HALF + within, mask=mask, other=0.0)
+    return low, high, tl.load(v_head + within, mask=mask, other=0.0)
+
+
+@triton.jit
+def _from_registers(
+    token, q_weight, k_weight, angle, table, last, k_head, v_head, places, begin, end, step, new_place, adds_new,
+    writes_new, kv_head, first_head, half, eps, scale_log2,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr, OWN: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """OWN query heads, every `step` / BLOCK_N-th tile, half of the values: total [G, D / 2], norm and peak [G].
+
+    The first tile is loaded before the wait. Keys are spread over SLOTS groups of threads; each has a softmax of its
+    own, and holds what all of them need (the query, the new key) itself: no thread waits for another one until the
+    slots are merged.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    WAVES: tl.constexpr = BLOCK_N // SLOTS
+    n = tl.arange(0, BLOCK_N)[:, None]
+    v_head += half * HALF
+    low, high, v = _load_tile(k_head, v_head, places, n, end - begin, HALF, KV_STRIDE, BLOCK_SIZE, BLOCK_N, BLOCK_HALF)
+    # What every slot holds, as one row for each of them.
+    d = tl.zeros([SLOTS, 1], tl.int32) + tl.arange(0, BLOCK_HALF)[None, :]
+    in_d = d < HALF
+    cos = _head(angle + d, in_d, 1, SLOTS, BLOCK_HALF)
+    sin = _head(angle + HALF + d, in_d, 1, SLOTS, BLOCK_HALF)
+    q_gamma_low = None
+    q_gamma_high = None
+    k_gamma_low = None
+    k_gamma_high = None
+    if q_weight is not None:
+        q_gamma_low = _head(q_weight + d, in_d, 1, SLOTS, BLOCK_HALF)
+        q_gamma_high = _head(q_weight + HALF + d, in_d, 1, SLOTS, BLOCK_HALF)
+        k_gamma_low = _head(k_weight + d, in_d, 1, SLOTS, BLOCK_HALF)
+        k_gamma_high = _head(k_weight + HALF + d, in_d, 1, SLOTS, BLOCK_HALF)
+
+    wait_for_previous(DEPENDENT)
+    g = tl.arange(0, BLOCK_G * SLOTS)[:, None] // SLOTS
+    q_d = tl.arange(0, BLOCK_HALF)[None, :]
+    q_head = token + (first_head + g) * HEAD_DIM + q_d
+    in_q = (g < OWN) & (q_d < HALF)
+    new_head = token + (HEADS + kv_head) * HEAD_DIM + d
+    q_low = _head(q_head, in_q, BLOCK_G, SLOTS, BLOCK_HALF)
+    q_high = _head(q_head + HALF, in_q, BLOCK_G, SLOTS, BLOCK_HALF)
+    new_low = _head(new_head, in_d, 1, SLOTS, BLOCK_HALF)
+    new_high = _head(new_head + HALF, in_d, 1, SLOTS, BLOCK_HALF)
+    new_v = _head(new_head + KV_HEADS * HEAD_DIM + half * HALF, in_d, 1, SLOTS, BLOCK_HALF)
+    q_low, q_high = _rotated_halves(q_low, q_high, q_gamma_low, q_gamma_high, cos, sin, eps, HEAD_DIM)
+    new_low, new_high = _rotated_halves(new_low, new_high, k_gamma_low, k_gamma_high, cos, sin, eps, HEAD_DIM)
+    new_low = new_low.to(new_v.dtype)  # as the cache stores them
+    new_high = new_high.to(new_v.dtype)
+
+    # The softmax starts with the new token, from registers: nobody waits for its write to the cache.
+    slot = tl.arange(0, SLOTS)
+    adds_new = adds_new & (slot == 0)[None, :]
+    peak = tl.sum(q_low * new_low.to(tl.float32) + q_high * new_high.to(tl.float32), axis=2) * scale_log2
+    peak = tl.where(adds_new, peak, float("-inf"))
+    norm = tl.where(adds_new, 1.0, tl.zeros_like(peak))
+    total = norm[:, :, None] * new_v.to(tl.float32)
+    written = writes_new & (slot == 0)[:, None] & in_d
+    half_k = tl.reshape(tl.where(half == 0, new_low, new_high), [SLOTS, BLOCK_HALF])
+    tl.store(k_head + half * HALF + new_place + d, half_k, mask=written)
+    tl.store(v_head + new_place + d, tl.reshape(new_v, [SLOTS, BLOCK_HALF]), mask=written)
+
+    q_low = tl.expand_dims(q_low, 1)
+    q_high = tl.expand_dims(q_high, 1)
+    wave_n = tl.arange(0, WAVES)[None, :, None] * SLOTS + slot[None, None, :]
+    for start in tl.range(begin, end, step, num_stages=1):
+        this_low = tl.reshape(low, [1, WAVES, SLOTS, BLOCK_HALF]).to(tl.float32)
+        this_high = tl.reshape(high, [1, WAVES, SLOTS, BLOCK_HALF]).to(tl.float32)
+        score = tl.sum(q_low * this_low + q_high * this_high, axis=3)
+        score = tl.where(wave_n < end - start, score * scale_log2, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, axis=1))
+        pivot = _pivot(new_peak)
+        weight = tl.exp2(score - pivot[:, None, :])
+        fade = tl.exp2(peak - pivot)
+        norm = norm * fade + tl.sum(weight, axis=1)
+        this_v = tl.reshape(v, [1, WAVES, SLOTS, BLOCK_HALF]).to(tl.float32)
+        total = total * fade[:, :, None] + tl.sum(weight[:, :, :, None] * this_v, axis=1)
+        peak = new_peak
+        if start + step < end:
+            places = _places(table, last, start + step, n, BLOCK_SIZE, BLOCK_N)
+            low, high, v = _load_tile(
+                k_head, v_head, places, n, end - start - step, HALF, KV_STRIDE, BLOCK_SIZE, BLOCK_N, BLOCK_HALF
+            )
+    slot_peak = peak
+    peak = tl.max(slot_peak, axis=1)
+    share = tl.exp2(slot_peak - _pivot(peak)[:, None])
+    return tl.sum(total * share[:, :, None], axis=1), tl.sum(norm * share, axis=1), peak
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -200,164 +412,101 @@ def decode_attention_kernel(
     qkv, q_weight, k_weight, cos_sin, positions, block_tables, k_cache, v_cache, o, parts, part_lse, counters,
     max_blocks, eps, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr, PIECE: tl.constexpr, DOT: tl.constexpr, DEPENDENT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, PIECE: tl.constexpr, DOT: tl.constexpr, DEPENDENT: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row, key/value head and split; grid (kv_heads, rows, SPLITS)."""
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    HALF: tl.constexpr = HEAD_DIM // 2
-    KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    """One row, OWN query heads that share a key/value head, and one split; without DOT one half of the values.
+
+    Grid (programs of a row and split, rows, SPLITS).
+    """
+    HALVES: tl.constexpr = 1 if DOT else 2
+    PER_KV: tl.constexpr = HEADS // KV_HEADS // OWN
+    WIDTH: tl.constexpr = HEAD_DIM // HALVES
+    BLOCK_W: tl.constexpr = BLOCK_D // HALVES
     let_next_start(DEPENDENT)
-    kv_head = tl.program_id(0)
+    index = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
+    half = index % HALVES
+    first_head = index // HALVES * OWN
+    kv_head = index // HALVES // PER_KV
+    table = block_tables + row * max_blocks
+    last = max_blocks - 1
+    n = tl.arange(0, BLOCK_N)[:, None]
 
     # Written before this graph's chain began, and so read before the wait: positions, tables, and the earlier cache.
     position = tl.load(positions + row).to(tl.int32)
     cached = tl.maximum(position, 0)
-    piece = tl.maximum(tl.cdiv(tl.cdiv(cached, SPLITS), BLOCK_N) * BLOCK_N, PIECE)
-    active = tl.maximum(tl.cdiv(cached, piece), 1)
+    if DOT:
+        piece = tl.maximum(tl.cdiv(tl.cdiv(cached, SPLITS), BLOCK_N) * BLOCK_N, PIECE)
+        active = tl.maximum(tl.cdiv(cached, piece), 1)
+    else:
+        places = _places(table, last, split * BLOCK_N, n, BLOCK_SIZE, BLOCK_N)  # waits for no position
+        active = tl.minimum(tl.maximum(tl.cdiv(cached, BLOCK_N), 1), SPLITS)
     if split >= active:
         return
-    begin = split * piece
-    end = tl.minimum(begin + piece, cached)
-    newest = split == active - 1  # the shortest piece; its program adds the new token
-
-    table = block_tables + row * max_blocks
+    newest = split == active - 1  # its program adds the new token
+    real = position >= 0
+    writes_new = newest & real & (first_head % (PER_KV * OWN) == 0)
+    new_block = tl.load(table + cached // BLOCK_SIZE).to(tl.int64)
+    new_place = (new_block * BLOCK_SIZE + cached % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
+    token = qkv + row * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    angle = cos_sin + cached.to(tl.int64) * HEAD_DIM
     k_head = k_cache + kv_head * HEAD_DIM
     v_head = v_cache + kv_head * HEAD_DIM
-    last = max_blocks - 1
-    n = tl.arange(0, BLOCK_N)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    in_d = d < HEAD_DIM
-    within = n * KV_STRIDE + d if BLOCK_SIZE % BLOCK_N == 0 else d
-    if not DOT:
-        places = _places(table, last, begin, n, BLOCK_SIZE, BLOCK_N)
-        next_places = _places(table, last, begin + BLOCK_N, n, BLOCK_SIZE, BLOCK_N)
-        mask = (n < end - begin) & in_d
-        k = tl.load(k_head + places * KV_STRIDE + within, mask=mask, other=0.0)
-        v = tl.load(v_head + places * KV_STRIDE + within, mask=mask, other=0.0)
-
-    # Each slot of keys has a softmax of its own, and holds what all of them need (the query, the new key) itself: no
-    # thread waits for another one until the slots are merged. The dot has one slot.
-    of_slots = tl.zeros([SLOTS, 1], tl.int32) + d
-    in_slots = of_slots < HEAD_DIM
-    partner = tl.where(of_slots < HALF, of_slots + HALF, of_slots - HALF)
-    angle = cos_sin + cached.to(tl.int64) * HEAD_DIM + tl.where(of_slots < HALF, of_slots, of_slots - HALF)
-    cos = _rows(angle, in_slots, 1, SLOTS, BLOCK_D)
-    sin = _rows(angle + HALF, in_slots, 1, SLOTS, BLOCK_D)
-    sin = tl.where(tl.arange(0, BLOCK_D)[None, None, :] < HALF, -sin, sin)
-    q_gamma = None
-    q_gamma_partner = None
-    k_gamma = None
-    k_gamma_partner = None
-    if q_weight is not None:
-        q_gamma = _rows(q_weight + of_slots, in_slots, 1, SLOTS, BLOCK_D)
-        q_gamma_partner = _rows(q_weight + partner, in_slots, 1, SLOTS, BLOCK_D)
-        k_gamma = _rows(k_weight + of_slots, in_slots, 1, SLOTS, BLOCK_D)
-        k_gamma_partner = _rows(k_weight + partner, in_slots, 1, SLOTS, BLOCK_D)
-    new_block = tl.load(table + cached // BLOCK_SIZE).to(tl.int64)
-
-    wait_for_previous(DEPENDENT)
-    token = qkv + row * ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    g = tl.arange(0, BLOCK_G * SLOTS)[:, None] // SLOTS
-    q_head = token + (kv_head * GROUP + g) * HEAD_DIM
-    in_q = (g < GROUP) & in_d
-    new_head = token + (HEADS + kv_head) * HEAD_DIM
-    q = _rows(q_head + d, in_q, BLOCK_G, SLOTS, BLOCK_D)
-    q_partner = _rows(q_head + tl.where(d < HALF, d + HALF, d - HALF), in_q, BLOCK_G, SLOTS, BLOCK_D)
-    new_k = _rows(new_head + of_slots, in_slots, 1, SLOTS, BLOCK_D)
-    k_partner = _rows(new_head + partner, in_slots, 1, SLOTS, BLOCK_D)
-    new_v = _rows(new_head + KV_HEADS * HEAD_DIM + of_slots, in_slots, 1, SLOTS, BLOCK_D)
-    q = _rotated(q, q_partner, q_gamma, q_gamma_partner, cos, sin, eps, HEAD_DIM)
-    new_k = _rotated(new_k, k_partner, k_gamma, k_gamma_partner, cos, sin, eps, HEAD_DIM)
-
-    slot = tl.arange(0, SLOTS)
-    written = (slot == 0)[:, None] & in_slots & newest & (position >= 0)
-    new_place = (new_block * BLOCK_SIZE + cached % BLOCK_SIZE) * KV_STRIDE + of_slots
-    tl.store(k_head + new_place, tl.reshape(new_k.to(new_v.dtype), [SLOTS, BLOCK_D]), mask=written)
-    tl.store(v_head + new_place, tl.reshape(new_v, [SLOTS, BLOCK_D]), mask=written)
-    adds_new = newest & (slot == 0)[None, :]
-
-    # The softmax starts with the new token, from registers: nobody waits for its write to the cache.
-    peak = tl.where(adds_new, tl.sum(q * new_k, axis=2) * scale_log2, float("-inf"))
-    norm = tl.where(adds_new, 1.0, tl.zeros_like(peak))
-    total = norm[:, :, None] * new_v.to(tl.float32)
     if DOT:
-        COLUMNS: tl.constexpr = BLOCK_G if BLOCK_G > 8 else 8  # fewer heads are repeated
-        REPEAT: tl.constexpr = COLUMNS // BLOCK_G
-        q = tl.reshape(tl.broadcast_to(tl.trans(q, 1, 0, 2), [REPEAT, BLOCK_G, BLOCK_D]), [COLUMNS, BLOCK_D])
-        q = tl.trans(q.to(new_v.dtype))
-        total = tl.broadcast_to(tl.trans(total, 1, 0, 2), [REPEAT, BLOCK_G, BLOCK_D])
-        total = tl.trans(tl.reshape(total, [COLUMNS, BLOCK_D]))
-        norm = tl.reshape(tl.broadcast_to(tl.trans(norm), [REPEAT, BLOCK_G]), [COLUMNS])
-        peak = tl.reshape(tl.broadcast_to(tl.trans(peak), [REPEAT, BLOCK_G]), [COLUMNS])
-        # Values are loaded as columns, for the second product.
-        v_n = tl.arange(0, BLOCK_N)[None, :]
-        v_d = tl.arange(0, BLOCK_D)[:, None]
-        v_within = v_n * KV_STRIDE + v_d if BLOCK_SIZE % BLOCK_N == 0 else v_d
-        for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-            places = _places(table, last, start, n, BLOCK_SIZE, BLOCK_N)
-            v_places = _places(table, last, start, v_n, BLOCK_SIZE, BLOCK_N)
-            k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < end - start) & in_d, other=0.0)
-            v = tl.load(
-                v_head + v_places * KV_STRIDE + v_within, mask=(v_n < end - start) & (v_d < HEAD_DIM), other=0.0
-            )
-            total, norm, peak = _attend(total, norm, peak, q, k, v, n < end - start, scale_log2, DOT)
-        total = tl.trans(total)
+        begin = split * piece
+        total, norm, peak = _from_stream(
+            token, q_weight, k_weight, angle, table, last, k_head, v_head, begin, tl.minimum(begin + piece, cached),
+            new_place, newest, writes_new, kv_head, eps, scale_log2,
+            HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, DEPENDENT, BLOCK_G, BLOCK_N, BLOCK_D, AHEAD, STAGES,
+        )  # fmt: skip
     else:
-        WAVES: tl.constexpr = BLOCK_N // SLOTS
-        q = tl.expand_dims(q, 1)
-        wave_n = tl.arange(0, WAVES)[None, :, None] * SLOTS + tl.arange(0, SLOTS)[None, None, :]
-        for start in tl.range(begin, end, BLOCK_N, num_stages=1):
-            this_k = tl.reshape(k, [1, WAVES, SLOTS, BLOCK_D])
-            this_v = tl.reshape(v, [1, WAVES, SLOTS, BLOCK_D])
-            mask = (n < end - start - BLOCK_N) & in_d
-            k = tl.load(k_head + next_places * KV_STRIDE + within, mask=mask, other=0.0)
-            v = tl.load(v_head + next_places * KV_STRIDE + within, mask=mask, other=0.0)
-            next_places = _places(table, last, start + 2 * BLOCK_N, n, BLOCK_SIZE, BLOCK_N)
-            total, norm, peak = _attend(total, norm, peak, q, this_k, this_v, wave_n < end - start, scale_log2, DOT)
-        slot_peak = peak
-        peak = tl.max(slot_peak, axis=1)
-        weight = tl.exp2(slot_peak - _pivot(peak)[:, None])
-        norm = tl.sum(norm * weight, axis=1)
-        total = tl.sum(total * weight[:, :, None], axis=1)
-    result = tl.where(position >= 0, total / norm[:, None], 0.0)
+        total, norm, peak = _from_registers(
+            token, q_weight, k_weight, angle, table, last, k_head, v_head, places, split * BLOCK_N, cached,
+            SPLITS * BLOCK_N, new_place, newest, writes_new, kv_head, first_head, half, eps, scale_log2,
+            HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, DEPENDENT, OWN, BLOCK_G, BLOCK_N, BLOCK_W, SLOTS,
+        )  # fmt: skip
+    result = tl.where(real, total / norm[:, None], 0.0)
 
-    out_g = tl.arange(0, result.shape[0])[:, None]
-    in_heads = (out_g < GROUP) & in_d
-    first = o + row * (HEADS * HEAD_DIM) + kv_head * GROUP * HEAD_DIM
+    g = tl.arange(0, result.shape[0])[:, None]
+    d = tl.arange(0, BLOCK_W)[None, :]
+    in_result = (g < OWN) & (d < WIDTH)
+    first = o + (row * HEADS + first_head) * HEAD_DIM + half * WIDTH
     if SPLITS == 1:  # noqa: SIM114 (known to the compiler, as `active` is not)
-        tl.store(first + out_g * HEAD_DIM + d, result.to(o.dtype.element_ty), mask=in_heads)
+        tl.store(first + g * HEAD_DIM + d, result.to(o.dtype.element_ty), mask=in_result)
     elif active == 1:
-        tl.store(first + out_g * HEAD_DIM + d, result.to(o.dtype.element_ty), mask=in_heads)
+        tl.store(first + g * HEAD_DIM + d, result.to(o.dtype.element_ty), mask=in_result)
     else:
-        first_part = row * (SPLITS * HEADS) + kv_head * GROUP
-        own_part = first_part + split * HEADS + out_g
-        tl.store(parts + own_part * HEAD_DIM + d, result, mask=in_heads)
-        tl.store(part_lse + own_part, (peak + tl.log2(norm))[:, None], mask=out_g < GROUP)
+        first_part = row * (SPLITS * HEADS) + first_head
+        own_part = first_part + split * HEADS + g
+        parts += half * WIDTH
+        tl.store(parts + own_part * HEAD_DIM + d, result, mask=in_result)
+        # Both halves' programs find, and store, the same sums.
+        tl.store(part_lse + own_part, (peak + tl.log2(norm))[:, None], mask=g < OWN)
         # All threads' stores come before the barrier, the barrier before the one thread's addition. That releases them,
         # since release is cumulative; the program that comes last acquires them by its own addition, whose result all
         # of its threads wait for. The loads go to L2 (.cg), where the parts are, past older lines of an L1.
         tl.debug_barrier()
-        counter = counters + row * KV_HEADS + kv_head
+        counter = counters + row * (KV_HEADS * PER_KV * HALVES) + index
         if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == active - 1:
             # Nobody else counts in this launch any more, and the next one that does waits for this one's end.
             tl.store(counter, 0)
             part_split = tl.arange(0, SPLITS)[:, None, None]
             part_g = tl.arange(0, BLOCK_G)[None, :, None]
-            part_d = tl.arange(0, BLOCK_D)[None, None, :]
+            part_d = tl.arange(0, BLOCK_W)[None, None, :]
             part = first_part + part_split * HEADS + part_g
-            in_parts = (part_split < active) & (part_g < GROUP)
+            in_parts = (part_split < active) & (part_g < OWN)
             lse = tl.load(part_lse + part, mask=in_parts, other=0.0, cache_modifier=".cg")
             lse = tl.where(part_split < active, lse, float("-inf"))
             values = tl.load(
-                parts + part * HEAD_DIM + part_d, mask=in_parts & (part_d < HEAD_DIM), other=0.0, cache_modifier=".cg"
+                parts + part * HEAD_DIM + part_d, mask=in_parts & (part_d < WIDTH), other=0.0, cache_modifier=".cg"
             )
             share = tl.exp2(lse - tl.max(lse, axis=0)[None, :, :])
             merged = tl.sum(values * share, axis=0) / tl.sum(share, axis=0)
             to_g = tl.arange(0, BLOCK_G)[:, None]
-            tl.store(first + to_g * HEAD_DIM + d, merged.to(o.dtype.element_ty), mask=(to_g < GROUP) & in_d)
+            tl.store(first + to_g * HEAD_DIM + d, merged.to(o.dtype.element_ty), mask=(to_g < OWN) & (d < WIDTH))
 
 
 def _block_d(head_dim: int) -> int:
@@ -369,8 +518,8 @@ def _block_g(group: int) -> int:
 
 
 def _keys_at_once(num_warps: int, head_dim: int, element_bytes: int) -> int:
-    """How many keys the program's threads load at once, 16 bytes each."""
-    return max(1, 32 * num_warps * 16 // (_block_d(head_dim) * element_bytes))
+    """Of how many keys the program's threads load a half at once, 16 bytes each."""
+    return max(1, 32 * num_warps * 16 // (_block_d(head_dim) // 2 * element_bytes))
 
 
 def _split_choices(rows: int, heads: int, kv_heads: int, head_dim: int, max_context: int, num_warps: int) -> list[int]:
@@ -384,41 +533,49 @@ def default_launch(
     rows: int, heads: int, kv_heads: int, head_dim: int, max_context: int, element_bytes: int = 2
 ) -> Launch:
     """A launch that runs anywhere and should not be far off, from shapes alone."""
-    many = rows * kv_heads >= FULL_PROGRAMS
-    if element_bytes == 2 and (many or heads // kv_heads > 4):
-        num_warps, block_n, num_stages, dot = (1, 32, 5, True) if many else (4, 64, 5, True)
-    else:
-        num_warps = 4 if many else 8
-        block_n, num_stages, dot = 4 * _keys_at_once(num_warps, head_dim, element_bytes), 1, False
-    if _block_d(head_dim) > 128 and dot:
-        block_n //= 2
+    many, group = rows * kv_heads >= FULL_PROGRAMS, heads // kv_heads
+    num_warps = 1 if many and element_bytes == 2 else 4 if many or (group > 4 and element_bytes == 2) else 8
     wanted = max(1, FULL_PROGRAMS // (rows * kv_heads))
     choices = _split_choices(rows, heads, kv_heads, head_dim, max_context, num_warps)
     splits = max(number for number in choices if number <= wanted)
-    return Launch(block_n, splits, max(block_n, SPLIT_TOKENS), num_warps, dot, num_stages)
+    if element_bytes == 2 and (many or group > 4):
+        block_n = (32 if many else 64) // (2 if _block_d(head_dim) > 128 else 1)
+        return Launch(block_n, splits, SPLIT_TOKENS, num_warps, True, 5)
+    block_n = 4 * _keys_at_once(num_warps, head_dim, element_bytes)
+    apart = group > 4 or 2 * rows * heads <= FULL_PROGRAMS
+    return Launch(block_n, splits, block_n, num_warps, False, heads=1 if apart else 0)
 
 
 def candidates(
     rows: int, heads: int, kv_heads: int, head_dim: int, max_context: int, element_bytes: int = 2
 ) -> list[Launch]:
     """Launches worth measuring, the default among them."""
-    programs = rows * kv_heads
-    tiles = []  # (block_n, num_warps, dot, num_stages)
-    if heads // kv_heads <= 4:
-        for waves, num_warps in ((4, 4), (2, 8), (4, 8), (8, 8), (4, 16)):
-            tiles.append((waves * _keys_at_once(num_warps, head_dim, element_bytes), num_warps, False, 1))
-    if element_bytes == 2:
-        dots = ((16, 1, 7), (32, 1, 3), (32, 1, 5), (32, 1, 7), (32, 2, 5), (64, 2, 5), (64, 4, 5), (128, 4, 5))
-        tiles += [(block_n, num_warps, True, num_stages) for block_n, num_warps, num_stages in dots]
     found = [default_launch(rows, heads, kv_heads, head_dim, max_context, element_bytes)]
-    for block_n, num_warps, on_tensor_cores, num_stages in tiles:
-        numbers = _split_choices(rows, heads, kv_heads, head_dim, max_context, num_warps)
-        for splits in numbers:
-            few, many = programs * splits < FULL_PROGRAMS // 4, programs * splits > FULL_PROGRAMS * 4
-            if (few and splits < numbers[-1]) or (many and splits > 1):
-                continue
-            for piece in (64, 256) if splits > 1 else (SPLIT_TOKENS,):
-                found.append(Launch(block_n, splits, max(block_n, piece), num_warps, on_tensor_cores, num_stages))
+
+    def splits(num_warps: int) -> list[int]:
+        return _split_choices(rows, heads, kv_heads, head_dim, max_context, num_warps)
+
+    group = heads // kv_heads
+    together = 1 < group <= 4 and 4 * rows * heads > FULL_PROGRAMS
+    for own in (1, 0) if together else (1,):
+        programs = 2 * rows * (heads if own else kv_heads)
+        for waves, num_warps, registers in ((8, 8, 0), (8, 8, 128), (8, 4, 0), (4, 8, 0)):
+            block_n = waves * _keys_at_once(num_warps, head_dim, element_bytes)
+            for number in splits(num_warps):
+                # Enough of them for long contexts, few enough to run at the same time.
+                if FULL_PROGRAMS // 2 <= programs * number <= FULL_PROGRAMS:
+                    found.append(Launch(block_n, number, block_n, num_warps, False, heads=own, registers=registers))
+    if element_bytes != 2:
+        return list(dict.fromkeys(found))
+
+    programs = rows * kv_heads
+    for block_n, num_warps, num_stages, ahead in (
+        (32, 1, 3, 0), (32, 1, 5, 0), (32, 1, 5, 256), (64, 4, 5, 0), (64, 4, 5, 256), (128, 4, 5, 0),
+    ):  # fmt: skip
+        for number in splits(num_warps):
+            few = programs * number < FULL_PROGRAMS // 4 and number < splits(num_warps)[-1]
+            if not few and (number == 1 or programs * number <= FULL_PROGRAMS * 2):
+                found.append(Launch(block_n, number, SPLIT_TOKENS, num_warps, True, num_stages, ahead))
     return list(dict.fromkeys(found))
 
 
@@ -509,16 +666,20 @@ def decode_attention(
         longest = max_context or max_blocks * block_size
         launch = best_launch(rows, heads, kv_heads, head_dim, longest, qkv.element_size(), qkv.device)
     _check_workspace(workspace, launch, rows, heads, head_dim)
-    at_once = _keys_at_once(launch.num_warps, head_dim, qkv.element_size())
     depends = dependent and can_depend(qkv.device)
-    decode_attention_kernel[(kv_heads, rows, launch.splits)](
+    own = launch.heads or heads // kv_heads
+    if (heads // kv_heads) % own:
+        raise ValueError(f"a launch's heads must divide the {heads // kv_heads} of a group, not {own}.")
+    slots = min(launch.block_n, _keys_at_once(launch.num_warps, head_dim, qkv.element_size()))
+    decode_attention_kernel[(heads // own * (1 if launch.dot else 2), rows, launch.splits)](
         qkv, q_weight, k_weight, cos_sin, positions, block_tables, k_cache, v_cache, o,
         workspace.parts, workspace.lse, workspace.counters, max_blocks, eps, scale * LOG2_E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        SPLITS=launch.splits, PIECE=launch.piece, DOT=launch.dot, DEPENDENT=depends,
-        BLOCK_G=_block_g(heads // kv_heads), BLOCK_N=launch.block_n, BLOCK_D=_block_d(head_dim),
-        SLOTS=1 if launch.dot else min(launch.block_n, at_once), STAGES=launch.num_stages,
+        SPLITS=launch.splits, PIECE=launch.piece, DOT=launch.dot, DEPENDENT=depends, OWN=own,
+        BLOCK_G=_block_g(own), BLOCK_N=launch.block_n, BLOCK_D=_block_d(head_dim), SLOTS=slots,
+        AHEAD=launch.ahead if depends else 0, STAGES=launch.num_stages,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if depends else {}),
+        **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip
     return o
 

@@ -52,7 +52,7 @@ from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import default_launch as default_head
 from kernels.decode_head import reference as head_reference
 from kernels.decode_head import shape_key as head_key
-from kernels.decode_linear import Launch, default_launch, reference, shape_key
+from kernels.decode_linear import MATRIX_PASSES, Launch, default_launch, matrix_candidates, reference, shape_key
 from kernels.sample import TILE
 
 EPS = 1e-6
@@ -64,6 +64,7 @@ VECTOR_ROWS = 8
 MAX_CONTEXT = 4096
 ATTENTION_TRIES = 8
 """How many of the fastest at short contexts are timed at long ones."""
+MATRIX_ROWS = 64
 CHAIN_ROWS = 16
 """Up to here the choices are tried together, in the whole chain."""
 REPLAYS = 11
@@ -130,6 +131,8 @@ def candidates(op: Op, rows: int, quick: bool) -> list[Launch]:
     found = [default_launch(rows, op.out, op.k, op.gated, 2)]
     if rows <= VECTOR_ROWS:
         found += _vector_candidates(op)
+    if rows <= MATRIX_ROWS:
+        found += matrix_candidates(rows, op.out, op.k, op.gated, 2)
     if rows >= 4:
         found += _tiled_candidates(op, rows, quick)
     return list(dict.fromkeys(found))
@@ -141,7 +144,9 @@ def _vector_candidates(op: Op) -> Iterable[Launch]:
     for num_warps in (1, 2, 4):
         for block_n in (1, 2, 4, 8):
             if 4096 <= block_n * row_bytes / num_warps <= 16384:
-                yield Launch("vector", block_n, 256 * num_warps, num_warps)
+                # Without a limit the compiler spreads x's loads over the sums, and each of them is waited for.
+                for registers in (0, 255 if num_warps == 1 else 128):
+                    yield Launch("vector", block_n, 256 * num_warps, num_warps, registers=registers)
 
 
 def _tiled_candidates(op: Op, rows: int, quick: bool) -> Iterable[Launch]:
@@ -473,6 +478,13 @@ def _attend_once(model: Any, launch: AttentionLaunch) -> None:
     )  # fmt: skip
 
 
+def _compiled_for(launch: Launch, rows: int) -> int:
+    """What of the rows a kernel is compiled for: vector for each, matrix for its passes, tiled for nothing."""
+    if launch.kernel == "vector":
+        return rows
+    return min(MATRIX_PASSES, triton.next_power_of_2(-(-rows // launch.block_m))) if launch.kernel == "matrix" else 0
+
+
 def compile_all(
     model: Model, ops: list[Op], rows: list[int], with_head: bool, with_attention: bool, quick: bool
 ) -> int:
@@ -481,8 +493,7 @@ def compile_all(
     for count in rows:
         for op in ops:
             for launch in candidates(op, count, quick):
-                # A vector kernel is compiled for its rows, a tiled one for any.
-                jobs.setdefault((op, launch, count if launch.kernel == "vector" else 0), (op, count, launch))
+                jobs.setdefault((op, launch, _compiled_for(launch, count)), (op, count, launch))
         if with_attention:
             for attention in attention_candidates(count, model.heads, model.kv_heads, model.head_dim, MAX_CONTEXT):
                 jobs.setdefault(attention, (model, 1, attention))

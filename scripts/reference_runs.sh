@@ -3,7 +3,7 @@
 #
 #   scripts/reference_runs.sh PART...      parts: compare ablation ops latency throughput grid trial, or all
 #
-# compare     nano_vllm, nano and vLLM's serving arms taking turns; nano and fused taking turns
+# compare     nano_vllm, nano, fused and vLLM's serving arms taking turns
 # ablation    fused without each of its features beside all of them, and with each alone beside none
 # ops         RMSNorm and the linear layer after it, fused and not, from 1 to 16,384 rows
 # latency     single steps of vllm, nano and fused, with layers
@@ -37,12 +37,9 @@ ablate() {
 part() {
   case $1 in
     compare)
-      # Four engines share the GPU; with a fifth, their caches would be too small for the 256 requests.
-      engines='engines=[nano_vllm,nano,vllm:serve_arm=default,vllm:serve_arm=inproc_async]'
-      run "$python" -m harness.compare "$engines" baseline=nano_vllm workload=full rounds="${ROUNDS:-6}" \
+      engines='engines=[nano_vllm,nano,fused,vllm:serve_arm=default,vllm:serve_arm=inproc_async]'
+      run "$python" -m harness.compare "$engines" baseline=nano workload=full rounds="${ROUNDS:-6}" \
         launches="${LAUNCHES:-1}" into="$results/compare" "${common[@]}"
-      run "$python" -m harness.compare 'engines=[nano,fused]' workload=full rounds="${ROUNDS:-6}" \
-        launches="${LAUNCHES:-1}" into="$results/compare-fused" "${common[@]}"
       ;;
     ablation)
       # A few at a time: they start together, and each takes some 15 GB while its output is verified.

@@ -76,6 +76,8 @@ def compile_launches(capability: int, shared_limit: int) -> None:
             decode_linear(rows, 3072, 1024, torch.bfloat16, residual=True)
         split = Launch("tiled", 32, 128, 4, block_m=16, num_stages=4, split_k=2)
         decode_linear(16, 3072, 1024, torch.bfloat16, residual=True, launch=split)
+        passes = Launch("matrix", 16, 512, 16, block_m=16, registers=128)
+        decode_linear(64, 3072, 1024, torch.bfloat16, residual=True, launch=passes)
         decode_linear(2, 100, 34, torch.float32, norm=True, gated=True)
         decode_linear(20, 100, 34, torch.float16, norm=True)
         for rows in (1, 16, 64, 256):

@@ -10,6 +10,7 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = SCRIPT.parents[2]
 DEPENDENT = {
     "decode_attention.decode_attention_kernel",
+    "decode_linear.decode_linear_matrix_kernel",
     "decode_head.decode_head_kernel",
     "decode_linear.decode_linear_tiled_kernel",
     "decode_linear.decode_linear_vector_kernel",

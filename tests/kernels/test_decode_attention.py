@@ -1,6 +1,6 @@
 """decode_attention against float64: every path of the launch, the cache afterwards, what must stay unread."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ DOT = Launch(block_n=32, splits=1, piece=32, num_warps=1, dot=True, num_stages=3
 
 
 def split(launch: Launch, splits: int) -> Launch:
-    return Launch(launch.block_n, splits, launch.piece, launch.num_warps, launch.dot, launch.num_stages)
+    return replace(launch, splits=splits)
 
 
 def angles(head_dim: int, device: torch.device) -> Tensor:
@@ -150,6 +150,17 @@ def test_values_and_cache(layout, launch, dtype, make_case, assert_close):
         assert torch.equal(cache.view(torch.uint8), kept.view(torch.uint8)), "another place of the cache was written"
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+def test_query_heads_apart(splits, make_case, assert_close):
+    """Each query head's program finds its key/value head; one of them writes the cache."""
+    case = make_case([0, -1, 131], 6, 2, 24, 16, torch.float32)
+    o, new_k, _ = case.expected()
+    assert_close(case.run(replace(SUM, splits=splits, heads=1)), o)
+    assert_close(case.k_cache[case.block_tables[2, 8].item(), 3], new_k[2])
+    with pytest.raises(ValueError, match="must divide the 3 of a group, not 2"):
+        case.run(replace(SUM, heads=2))
+
+
 @pytest.mark.parametrize("launch", [SUM, DOT], ids=["sum", "dot"])
 @pytest.mark.parametrize("splits", [2, 8])
 def test_a_workspace_is_used_again(launch, splits, make_case, assert_close):
@@ -226,13 +237,19 @@ def test_wrong_arguments(make_case):
         ({"block_n": 48}, "block_n must be a power of two"),
         ({"splits": 64}, "at most 32"),
         ({"piece": 100}, "multiple of block_n"),
+        ({"piece": 128}, "without dot, piece must be block_n"),
+        ({"dot": True, "heads": 1}, "for launches without dot"),
+        ({"dot": True, "ahead": 48}, "ahead must be a power of two or 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Launch(**({"block_n": 64, "splits": 1, "piece": 64, "num_warps": 4, "dot": False} | change))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("launch", [split(SUM, 8), split(DOT, 4), DOT], ids=["sum8", "dot4", "dot"])
+@pytest.mark.parametrize(
+    "launch", [replace(SUM, splits=8, heads=1, registers=128), replace(DOT, splits=4, ahead=128), DOT],
+    ids=["sum8", "dot4", "dot"],
+)  # fmt: skip
 def test_dependent_launches_of_a_graph(launch, make_case, device, monkeypatch):
     """Launches that share a workspace, two and two with nothing between: replays equal ordinary ones, bit for bit."""
     if device.type != "cuda":

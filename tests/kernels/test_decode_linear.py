@@ -1,4 +1,4 @@
-"""decode_linear against float64: both kernels, odd shapes, everything that is fused, every launch."""
+"""decode_linear against float64: all kernels, odd shapes, everything that is fused, every launch."""
 
 import pytest
 import torch
@@ -6,11 +6,14 @@ from torch import Tensor
 
 from kernels import FUSIONS, INTERPRETED, decode_linear
 from kernels.choices import chosen, none_chosen
-from kernels.decode_linear import Launch, best_launch, default_launch
+from kernels.decode_linear import Launch, best_launch, default_launch, matrix_candidates
 
 EPS = 1e-6
-# (rows, K, out): both kernels' defaults, both sides of their border, sizes that no block divides
-SHAPES = [(1, 64, 48), (1, 1000, 5), (2, 33, 7), (3, 96, 1), (4, 520, 6), (5, 64, 32), (17, 300, 21), (130, 72, 17)]
+# (rows, K, out): all kernels' defaults, both sides of their borders, sizes that no block divides
+SHAPES = [
+    (1, 64, 48), (1, 1000, 5), (2, 33, 7), (3, 96, 1), (4, 520, 6), (5, 64, 32), (13, 72, 19), (17, 300, 21),
+    (130, 72, 17),
+]  # fmt: skip
 
 
 def expected(x: Tensor, weight: Tensor, gamma=None, eps=EPS, bias=None, residual=None, gated=False) -> Tensor:
@@ -69,6 +72,8 @@ LAUNCHES = [
     Launch("vector", 4, 32, 1), Launch("vector", 3 + 5, 128, 2), Launch("vector", 1, 64, 4),
     Launch("tiled", 16, 32, 4, block_m=16, num_stages=2), Launch("tiled", 64, 16, 2, block_m=32, num_stages=3),
     Launch("tiled", 32, 64, 4, block_m=128, num_stages=2, ahead=False),
+    Launch("matrix", 8, 32, 1, block_m=8), Launch("matrix", 16, 64, 2, block_m=8, registers=128),
+    Launch("matrix", 32, 256, 2, block_m=16),
 ]  # fmt: skip
 
 
@@ -78,6 +83,39 @@ def test_every_launch_computes_the_same(launch, gated, randn, assert_close):
     x, weight, gamma = inputs(randn, 5, 160, 22, torch.float32)
     y = decode_linear(x, weight, norm_weight=gamma, eps=EPS, gated=gated, launch=launch)
     assert_close(y, expected(x, weight, gamma, gated=gated))
+
+
+MATRIX_LAUNCHES = [
+    Launch("matrix", 8, 32, 1, block_m=8), Launch("matrix", 8, 64, 2, block_m=16),
+    Launch("matrix", 16, 128, 4, block_m=32, registers=128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launch", MATRIX_LAUNCHES, ids=str)
+@pytest.mark.parametrize("rows", [1, 19, 70])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_matrix_passes_and_residual(norm, rows, launch, randn, assert_close):
+    """W held for several blocks of rows, the last of them partly or wholly empty; sums that start from the residual."""
+    x, weight, gamma = inputs(randn, rows, 96, 14, torch.float32)
+    bias, residual = randn(14), randn(rows, 14)
+    gamma = gamma if norm else None
+    y = expected(x, weight, gamma, bias=bias)
+    options = {"norm_weight": gamma, "eps": EPS, "bias": bias, "launch": launch}
+    assert_close(decode_linear(x, weight, **options), y)
+    stream = residual.clone()
+    assert_close(decode_linear(x, weight, residual=stream, **options), y + residual.double())
+
+
+def test_matrix_candidates():
+    """What is proposed runs, and every one is another launch."""
+    assert matrix_candidates(4, 1024, 100, False, 2) == []  # rows of W at no multiple of 16 bytes
+    for rows in (2, 16, 64):
+        for out, k, gated in ((4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False)):
+            found = matrix_candidates(rows, out, k, gated, 2)
+            assert 4 <= len(found) == len(set(found)) <= 32
+            for launch in found:
+                assert launch.block_k % (32 * launch.num_warps) == 0
+                assert launch.registers * launch.num_warps * 32 <= 65536
 
 
 @pytest.mark.parametrize("k", [128, 100])
@@ -95,7 +133,7 @@ def test_programs_share_a_sum(split_k, k, randn, assert_close):
         decode_linear(x, weight, gated=True, launch=launch)
 
 
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("rows", [1, 6, 20])
 def test_float16_does_not_overflow(rows, randn, assert_close):
     """gamma * x lies far beyond float16, the result does not."""
     x, gamma = randn(rows, 64, dtype=torch.float16, scale=8000), randn(64, dtype=torch.float16, scale=30)
@@ -117,15 +155,17 @@ def test_long_rows(k, dtype, randn, assert_close):
 
 
 def test_default_launch_suits_the_shape():
-    """Few rows stay on the ordinary cores; enough programs for a large GPU; shared memory that every GPU has."""
+    """One row stays on the ordinary cores; enough programs for a large GPU; shared memory that every GPU has."""
     for rows in (1, 3, 4, 5, 16, 32, 100, 512):
         for out, k, gated in ((4096, 1024, False), (1024, 3072, False), (3072, 1024, True), (4096, 14336, False)):
             launch = default_launch(rows, out, k, gated, 2)
-            assert launch.kernel == ("vector" if rows <= 4 else "tiled")
+            held = 1 < rows <= 16 and k < 14336
+            assert launch.kernel == ("matrix" if held else "vector" if rows <= 4 else "tiled")
             stage = (launch.block_n * (1 + gated) + launch.block_m) * launch.block_k * 2
             if launch.kernel == "tiled":
                 assert launch.num_stages * stage <= 96 * 1024 and -(-out // launch.block_n) >= 64
             else:
+                assert -(-out // launch.block_n) >= 128
                 registers = launch.block_n * (1 + gated) * k * 2 / (launch.num_warps * 32 * 4)
                 assert registers <= 64
 
