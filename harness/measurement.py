@@ -23,7 +23,7 @@ from harness.instruments.host import HostProbe
 from harness.instruments.kernels import KernelProbe, KernelSample, disagreeing, read
 from harness.instruments.nvtx import NvtxProbe, Ranges
 from harness.instruments.phases import PhaseTimer
-from harness.instruments.probe import Instrument, Tee
+from harness.instruments.probe import Instrument, StepTrace, Tee
 from harness.passes import Sample, ShapeSteps, UnexpectedStep, out_of_memory, undisturbed
 from harness.progress import Reporter
 from harness.results import RunWriter, request_row
@@ -257,7 +257,7 @@ class Measurement:
         """Rows and record of the samples that ran the same kernels; the others are told."""
         refused = disagreeing([kernels.sequence for kernels in found])
         pairs = [pair for i, pair in enumerate(zip(samples, found, strict=True)) if i not in refused]
-        samples = [replace(sample, trace=kernels.trace) for sample, kernels in pairs]
+        samples = [_with_kernels(sample, kernels.trace) for sample, kernels in pairs]
         step_rows, layer_rows = tables.traced_rows(self.engine, shape, samples, mode)
         self.writer.add_steps(step_rows)
         self.writer.add_layers(layer_rows)
@@ -341,3 +341,12 @@ class Measurement:
             self.writer.add_steps([tables.failed_row(self.engine, shape, mode, name != TIMED, reason)])
             self.passes[shape][name] = {"status": reason}
             self.failures.append(f"{shape}, {name}: {reason}")
+
+
+def _with_kernels(sample: Sample, trace: StepTrace) -> Sample:
+    """`sample` with what its kernels say.
+
+    The instrument waits for the GPU before and after each step. An engine that launches steps ahead finds the tokens of
+    the step before ready then, and returns while the one that it launched still runs: the step is as long as that.
+    """
+    return replace(sample, trace=trace, wall_us=max(sample.wall_us, trace.gpu_us or 0.0))

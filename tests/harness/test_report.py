@@ -152,7 +152,7 @@ def test_committed_layers_inside_graphs(h200_page: Page) -> None:
 
 def test_committed_comparison_is_its_rounds(h200_page: Page) -> None:
     """The ratio of two engines is the geometric mean of rounds of one number."""
-    folder = next(REFERENCE.glob("compare-*nano_vllm-nano-vllm"))
+    folder = next(REFERENCE.glob("compare-*nano_vllm-nano-fused-vllm"))
     rounds = pd.concat(pq.read_table(f).to_pandas() for f in folder.rglob("rounds.parquet"))
     one = rounds[(rounds["metric"] == "tpot_ms") & (rounds["batch_size"] == 32)]
     values = one.pivot_table(index=["launch", "round"], columns="engine", values="value")
@@ -265,7 +265,7 @@ def test_committed_warnings_are_at_the_top(h200: Path, h200_page: Page) -> None:
     text = h200.read_text()
     assert [h for h in h200_page.headings if h in ("Warnings", "Headline")] == ["Warnings", "Headline"]
     top = text[: text.index('<h2 id="headline"')]
-    record = json.loads((next(REFERENCE.glob("compare-*nano_vllm-nano-vllm")) / "comparison.json").read_text())
+    record = json.loads((next(REFERENCE.glob("compare-*nano_vllm-nano-fused-vllm")) / "comparison.json").read_text())
     assert len(record["reasons"]) == 2
     for label in record["reasons"]:
         assert f"{label}: " in top
