@@ -44,7 +44,7 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
     source = (
         f"µs per launch in a captured graph over the matrices (caches) of 28 layers, {facts['gpu']}, torch "
         f"{facts['torch']}, Triton {facts['triton']}, {facts['date']}; ours launched dependently. The library is "
-        "cuBLAS with separate norm and activation, for attention FlashAttention 3 after `qk_norm_rope_cache`; contexts of 128 "
-        f"to 256 tokens. File: `{file}`, written by `python -m kernels.tune`."
+        "cuBLAS with separate norm and activation, for attention FlashAttention 3 after `qk_norm_rope_cache`; contexts "
+        f"of 128 to 256 tokens. File: `{file}`, written by `python -m kernels.tune`."
     )
     return "\n\n".join([markdown(["op", "rows", "ours", "library", "used"], rows, left=1), source])

@@ -10,7 +10,7 @@ import pandas as pd
 from engines.base import WHOLE_LAYER
 from scripts.tables.registry import markdown, table
 from scripts.tables.sources import REFERENCE, Runs, rows_of, runs
-from scripts.tables.traces import CUPTI, EVENTS, of_shape, step_of_kernels_us
+from scripts.tables.traces import CUPTI, EVENTS, of_shape
 
 ENGINES = "vllm,nano,fused"
 SHAPES = "1x128,32x128,256x128,256x1024"
@@ -107,23 +107,15 @@ def closure(folder: str = REFERENCE, workload: str = "latency", engines: str = E
     rows = []
     for engine in [engine for engine in engines.split(",") if engine in measured]:
         run = measured[engine]
-        layers, steps = rows_of(found.layers, run), rows_of(found.steps, run)
+        layers = rows_of(found.layers, run)
         for shape in run["shapes"]:
             cells = [engine, shape["phase"], str(shape["batch_size"]), f"{shape['tokens']:,}"]
             for name, shown in (("eager", 2), ("graph", 2), ("kernels", 4)):
                 record = shape.get(name, {})
-                cells += [_number(record, "closure", ".3f"), _overhead(steps, shape, name)]
+                cells += [_number(record, "closure", ".3f"), _number(record, "overhead", ".2f")]
                 cells += [_number(record, what, ".1%") for what in ("attributed", "gaps")][: shown - 2]
             rows.append([*cells, _agreement(layers, shape)])
     return markdown(head, rows, left=2)
-
-
-def _overhead(steps: pd.DataFrame, shape: dict[str, Any], name: str) -> str:
-    """The traced step over the untraced one."""
-    record = shape.get(name, {})
-    if name != "kernels" or "overhead" not in record:
-        return _number(record, "overhead", ".2f")
-    return f"{step_of_kernels_us(steps, shape) / shape['timed']['wall_us']:.2f}"
 
 
 def _number(record: dict[str, Any], name: str, shown: str) -> str:

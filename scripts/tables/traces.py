@@ -144,10 +144,7 @@ def op_shares(shape: str, folder: str = REFERENCE) -> str:
         if trace is None:
             raise InputError(f"The run of {engine} has no trace of {shape}.")
         columns[engine] = op_medians(trace.rows)
-        traced_us = trace.record["wall_us"]
-        if trace.source == CUPTI:
-            traced_us = step_of_kernels_us(rows_of(found.steps, run), wanted)
-        closing[engine] = traced_us / wanted["timed"]["wall_us"]
+        closing[engine] = trace.record["wall_us"] / wanted["timed"]["wall_us"]
         sources[engine] = "kernels, CUPTI" if trace.source == CUPTI else "eager, events"
     order = {op: place for place, op in enumerate(OPS)}
     seen = {op for column in columns.values() for op in column.index}
@@ -157,12 +154,6 @@ def op_shares(shape: str, folder: str = REFERENCE) -> str:
     rows.append(["traced step / untraced step", *(f"{ratio:.2f}" for ratio in closing.values())])
     rows.append(["source", *sources.values()])
     return markdown([f"{shape.replace('x', ' × ').replace(':', ' ')}, µs per layer", *columns], rows)
-
-
-def step_of_kernels_us(steps: pd.DataFrame, shape: dict[str, Any]) -> float:
-    """Median step of the CUPTI pass. It lasts at least as long as its kernels: an engine that launches ahead returns
-    sooner where the instrument waits for the GPU between steps."""
-    return float(of_shape(steps, shape, CUPTI)[["wall_us", "gpu_us"]].max(axis=1).median())
 
 
 def _cell(column: pd.Series, op: str) -> str:

@@ -94,21 +94,23 @@ def test_overlapping_kernels_stay_apart(tmp_path: Path) -> None:
     assert next(s for s in slices(trace) if s["name"] == "attention")["args"]["start_us"] == 4.0
 
 
-@pytest.mark.parametrize("name", ["nano-qwen3-0.6b-latency", "vllm-qwen3-0.6b-latency"])
-def test_committed_traces(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "source", "traces"),
+    [("nano-qwen3-0.6b-latency", "cupti", 1), ("vllm-qwen3-0.6b-latency", "cuda_event", 2)],
+)
+def test_committed_traces(name: str, source: str, traces: int, tmp_path: Path) -> None:
     """Each shape once, twice where one trace has the layers and another the ops; durations are the table's."""
     trace = exported(REFERENCE / name, tmp_path)
     check_format(trace)
     layers = pq.read_table(REFERENCE / name / "layers.parquet").to_pandas()
     steps = pq.read_table(REFERENCE / name / "steps.parquet").to_pandas()
     names = {e["pid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
-    decode = layers["phase"] == "decode"
     shape = ["batch_size", "new_tokens", "context_len"]
-    assert len(names) == len(layers[~decode][shape].drop_duplicates()) + 2 * len(
-        layers[decode][shape].drop_duplicates()
-    )
+    seen = layers[layers["source"] == source]
+    shapes = [len(seen[seen["phase"] == phase][shape].drop_duplicates()) for phase in ("prefill", "decode")]
+    assert len(names) == shapes[0] + traces * shapes[1]
     [process] = [pid for pid, n in names.items() if "decode, batch 1, context 128" in n and "graph" in n]
-    chosen = {"phase": "decode", "batch_size": 1, "context_len": 128, "mode": "graph", "source": "cuda_event"}
+    chosen = {"phase": "decode", "batch_size": 1, "context_len": 128, "mode": "graph", "source": source}
     mine, traced = (frame[(frame[list(chosen)] == pd.Series(chosen)).all(axis=1)] for frame in (layers, steps))
     median = traced["gpu_us"].median()
     iteration = traced.set_index("iteration")["gpu_us"].sub(median).abs().idxmin()
