@@ -18,6 +18,7 @@ from scripts.tables import (
     pairs,
     traces,
     trial,
+    verification,
 )
 from scripts.tables.registry import TABLES, InputError, filled, stale, table
 
@@ -39,4 +40,5 @@ __all__ = [
     "table",
     "traces",
     "trial",
+    "verification",
 ]

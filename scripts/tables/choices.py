@@ -33,7 +33,7 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
             if entry is None:
                 continue
             other = entry.get("cublas_us", entry.get("flash_attention_us"))
-            ours = entry.get("ours_us", entry.get("us"))
+            ours = entry["us"]
             wins = entry.get("path") != "cublas" and (other is None or ours <= other)
             launch = entry.get("launch", {})
             how = launch.get("kernel", "tensor cores" if launch.get("dot") else "")

@@ -12,7 +12,19 @@ from engines.nano.graphs import DecodeBuffers
 from engines.nano.sequence import Sequence
 from harness.compare.contestants import folder_name
 from harness.results import RunWriter
-from scripts.tables import attention, baseline, blocks, cache, comparison, costs, engines, pairs, traces
+from scripts.tables import (
+    attention,
+    baseline,
+    blocks,
+    cache,
+    choices,
+    comparison,
+    costs,
+    engines,
+    pairs,
+    traces,
+    verification,
+)
 from scripts.tables.sources import MODELS, Model, floor_us, model, runs
 
 # 3 query heads on 1 key/value head of 4; qkv rows (3 + 2) × 4 = 20
@@ -562,3 +574,30 @@ def test_layer_times_are_medians_over_iterations_then_layers(tmp_path: Path) -> 
     shape = {"phase": "decode", "batch_size": 2, "tokens": 16}
     writer.write_run({"engine": "nano", "workload": "latency", "shapes": [shape]})
     assert cells(baseline.layer_times(str(tmp_path), "nano")) == [["2", "16", "21.0 (11.0 to 31.0)"]]
+
+
+# --- fused ---
+
+
+def test_verification_by_hand(tmp_path: Path) -> None:
+    told = {
+        "status": "passed", "positions": 64, "kl_ratio": {"value": 0.5}, "nll_delta_ratio": {"value": 1.25},
+        "engine": {"kl": 1e-5, "nll_delta": 0.005, "greedy_agreement": 0.984},
+        "noise": {"kl": 2e-5, "nll_delta": 0.004, "greedy_agreement": 1.0},
+    }  # fmt: skip
+    write(tmp_path / "fused", made_up_run(engine="fused", verification=told))
+    write(tmp_path / "other", made_up_run(engine="hf", verification=told))
+    assert cells(verification.verification(str(tmp_path))) == [
+        ["fused", "passed", "64", "1.00e-05", "2.00e-05", "0.50", "5.00e-03", "4.00e-03", "1.25", "98.4%"]
+    ]
+
+
+def test_decode_choices_say_which_way_runs() -> None:
+    """The committed file, read by hand: who is in bold is who was faster."""
+    measured = json.loads((choices.ROOT / "kernels/choices/nvidia-h200.json").read_text())["choices"]
+    rows = {(row[0], row[1]): row[2:] for row in cells(choices.decode_choices())}
+    few = measured["decode_linear"]["4096x1024 rows 1"]
+    assert rows["input_norm+qkv_proj", "1"] == [f"**{few['us']:.1f}**", f"{few['cublas_us']:.1f}", "vector"]
+    many = measured["decode_linear"]["4096x1024 rows 256"]
+    assert many["path"] == "cublas" and many["cublas_us"] < many["us"]
+    assert rows["input_norm+qkv_proj", "256"] == [f"{many['us']:.1f}", f"**{many['cublas_us']:.1f}**", "library"]
