@@ -7,6 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 from engines.base import InputError, SamplingParams
+from engines.nano.layers import sampler
 from engines.nano.layers.sampler import Sampler, SamplingBatch
 
 LOGITS = torch.tensor([1.5, -0.3, 0.7, 2.0, -1.0, 0.0])
@@ -67,3 +68,22 @@ def test_seeded_draw_depends_on_seed_and_position_alone():
 def test_bad_settings(bad):
     with pytest.raises(InputError):
         SamplingParams(**bad)
+
+
+def test_rows_are_cut_alike_however_many_are_sorted_at_once(monkeypatch):
+    """Against a plain loop over the sorted tokens of each row."""
+    monkeypatch.setattr(sampler, "SORTED_ROWS", 2)
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)) * 3
+    top_k, top_p = torch.tensor([40, 3, 7, 1, 25]), torch.tensor([0.5, 1.0, 0.8, 1.0, 0.9])
+    kept = sampler.keep_likely(logits, top_k, top_p)
+    for row in range(5):
+        order = sorted(range(40), key=lambda token: -logits[row, token].item())[: top_k[row]]
+        weights = [logits[row, token].double().exp().item() for token in order]
+        expected, mass = [], 0.0
+        for token, weight in zip(order, weights, strict=True):
+            if mass / sum(weights) >= top_p[row].item():
+                break
+            expected.append(token)
+            mass += weight
+        assert sorted(expected) == (kept[row] > -torch.inf).nonzero().flatten().tolist()
+        assert torch.equal(kept[row, expected], logits[row, expected])

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from engines.base import SamplingParams
 from engines.nano.utils.compile import compiled
 
+SORTED_ROWS = 32
+"""Rows whose vocabularies are sorted at once. A sort takes some forty bytes per entry, and the cache is what is left
+when a whole batch that asks for it has been provided for."""
+
 
 @dataclass(slots=True)
 class SamplingBatch:
@@ -82,6 +86,16 @@ class Sampler(nn.Module):
 
 def keep_likely(logits: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     """logits [rows, vocab] with what top_k [rows] and then top_p [rows] leave out set to -inf."""
+    kept = torch.empty_like(logits)
+    for first in range(0, len(logits), SORTED_ROWS):
+        rows = slice(first, first + SORTED_ROWS)
+        kept[rows] = _keep_likely(
+            logits[rows], None if top_k is None else top_k[rows], None if top_p is None else top_p[rows]
+        )
+    return kept
+
+
+def _keep_likely(logits: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     ordered, order = logits.sort(-1, descending=True)
     if top_k is not None:
         ranks = torch.arange(logits.shape[-1], device=logits.device)
