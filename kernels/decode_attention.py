@@ -621,7 +621,7 @@ def _check(
             f"not {tuple(k_cache.shape)} and {tuple(block_tables.shape)}."
         )
     blocks, block_size = k_cache.shape[:2]
-    if block_size < 16 or block_size & (block_size - 1):
+    if runs_triton(qkv) and (block_size < 16 or block_size & (block_size - 1)):
         raise ValueError(f"the cache's block size must be a power of two of at least 16, not {block_size}.")
     check_like("k_cache", k_cache, (blocks, block_size, kv_heads, head_dim), qkv)
     check_like("v_cache", v_cache, (blocks, block_size, kv_heads, head_dim), qkv)

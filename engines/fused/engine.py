@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from engines.base import HostPhases, Request
+from engines.base import HostPhases, Probe, Request, TraceMode
 from engines.fused.features import FusedOptions
 from engines.fused.runner import FusedRunner
 from engines.fused.state import Flight
@@ -52,6 +52,13 @@ class LLM(NanoLLM):
         return sequence
 
     def advance(self) -> None:
+        try:
+            self._advance()
+        except BaseException:  # requests that others wait for go on after it
+            self._ground()
+            raise
+
+    def _advance(self) -> None:
         flight, self._flight = self._flight, None
         if flight is None or not any(s.status is Status.RUNNING for s in flight.sequences):
             sequences, is_prefill = self.scheduler.schedule()
@@ -61,6 +68,11 @@ class LLM(NanoLLM):
             flight = self.runner.launch(sequences)
         self._launch_ahead(flight)
         self._land(flight)
+
+    def _ground(self) -> None:
+        """Give up steps that were launched and not read: run again, they draw the same tokens."""
+        self._flight = None
+        self.runner.state.forget()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
         self._last = Ran(sequences, True, [(s.num_scheduled, s.num_cached, len(s)) for s in sequences])
@@ -93,6 +105,10 @@ class LLM(NanoLLM):
             sequence.num_scheduled = 1
         self._last = Ran(sequences, False, [], token_ids)
         self._last.finished = self.scheduler.postprocess(sequences, token_ids)
+
+    def attach(self, probe: Probe, mode: TraceMode) -> None:
+        self._ground()  # capturing runs steps on the same state and ring
+        super().attach(probe, mode)
 
     def host_phases(self) -> HostPhases:
         phases = dict(super().host_phases())

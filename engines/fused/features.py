@@ -23,6 +23,9 @@ FEATURES = {
     "prefill_graphs": "prefill steps of few tokens are captured graphs too",
 }
 
+SMALLEST_BLOCK = 16
+"""Tokens of a cache block that `kernels.decode_attention` takes."""
+
 
 @dataclass(frozen=True)
 class FusedOptions(Options):
@@ -49,7 +52,7 @@ class FusedOptions(Options):
         object.__setattr__(self, "features", tuple(on))
 
 
-def fallbacks(config: ModelConfig, device: torch.device) -> dict[str, str]:
+def fallbacks(config: ModelConfig, device: torch.device, block_size: int) -> dict[str, str]:
     """Features that this model cannot have on this machine: feature → reason."""
     reasons = {}
     if device.type == "cuda" and not kernels.HAVE_TRITON:
@@ -57,6 +60,8 @@ def fallbacks(config: ModelConfig, device: torch.device) -> dict[str, str]:
         del reasons["device_loop"], reasons["prefill_graphs"]
     elif config.head_dim % 2:
         reasons = dict.fromkeys(("attention", "rope_cache"), f"heads of {config.head_dim} have no two halves to rotate")
+    elif block_size < SMALLEST_BLOCK:
+        reasons["attention"] = f"its kernel takes cache blocks of {SMALLEST_BLOCK} tokens or more"
     if not kernels.can_depend(device):
         reasons["dependent"] = "it needs a GPU of compute capability 9.0 or later"
     if device.type != "cuda":

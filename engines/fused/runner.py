@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from engines.base import EngineConfig, HostPhases, Probe, Site, TraceMode
+from engines.base import EngineConfig, HostPhases, Probe, SamplingParams, Site, TraceMode
 from engines.fused.decode import DecodeGraphs, DecodeStep
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
@@ -21,6 +21,9 @@ from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from kernels.decode_attention import workspace
 
+COLDEST = 1e-30
+"""Logits over a lower temperature may be infinite; the kernels that draw take colder for the same."""
+
 
 class FusedRunner(ModelRunner):
     """`run` is nano's; `launch` starts a decode step and leaves its tokens to be read later."""
@@ -32,7 +35,7 @@ class FusedRunner(ModelRunner):
 
     def _fuse(self) -> None:
         """Put the fused layers in place of nano's, once the weights are there."""
-        reasons = fallbacks(self.model_config, self.device)
+        reasons = fallbacks(self.model_config, self.device, self.block_size)
         self.fallbacks = {feature: reasons[feature] for feature in self.options.features if feature in reasons}
         self.features = frozenset(self.options.features) - self.fallbacks.keys()
         self.model.model.layers = nn.ModuleList(
@@ -59,7 +62,7 @@ class FusedRunner(ModelRunner):
         """Draw the next token of each of `sequences`; those in `unread` go on from the token that is drawn there."""
         self.state.arrange(sequences, unread)
         logits = self._decode(len(sequences), max(len(s) for s in sequences) + 1)
-        if any(s.sampling.top_k > 0 or s.sampling.top_p < 1 for s in sequences):
+        if any(cuts(s.sampling) for s in sequences):
             self._draw_again(sequences, logits)
         flight = self.state.take_off()
         if self.keep_logits:
@@ -98,15 +101,19 @@ class FusedRunner(ModelRunner):
         temperatures = batch.temperatures
         if temperatures is None:
             temperatures = torch.zeros(len(sequences), device=self.device)
-        if batch.top_k is not None or batch.top_p is not None:
-            hot = torch.where(temperatures == 0, 1.0, temperatures)
-            logits = keep_likely(logits.float() / hot.unsqueeze(1), batch.top_k, batch.top_p)
-            temperatures = (temperatures > 0).float()  # the logits are divided already
+        cut = [cuts(s.sampling) for s in sequences]
+        if any(cut):
+            divisors = temperatures.clamp_min(COLDEST).unsqueeze(1)
+            likely = keep_likely(logits.float() / divisors, batch.top_k, batch.top_p)
+            # Other rows stay as they are, or their draws would depend on who stands beside them.
+            is_cut = self._put(cut, torch.bool)
+            logits = torch.where(is_cut.unsqueeze(1), likely, logits)
+            temperatures = torch.where(is_cut, 1.0, temperatures)  # the logits are divided already
         seeds = self._put([s.seed for s in sequences], torch.int64)
         sums = kernels.tile_stats(logits, temperatures)
         kernels.choose_token(logits, *sums, temperatures, seeds, positions, tokens, ring, steps)
 
-    def _put(self, values: list[int], dtype: torch.dtype) -> Tensor:
+    def _put(self, values: list[int] | list[bool], dtype: torch.dtype) -> Tensor:
         host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 
@@ -141,3 +148,8 @@ class FusedRunner(ModelRunner):
         for name in ("step", "state"):
             if hasattr(self, name):
                 delattr(self, name)
+
+
+def cuts(sampling: SamplingParams) -> bool:
+    """Whether top_k or top_p leaves out tokens that could be drawn: the greatest logit always stays."""
+    return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1)

@@ -152,10 +152,11 @@ _KERNELS_GIVE = "residual"
 """A norm's kernel writes the sum that it normalised, even the last one's, which nobody reads."""
 
 
-def cost(shapes: Shapes, op: str, load: Load) -> Cost:
+def cost(shapes: Shapes, op: str, load: Load, products_add: bool = False) -> Cost:
     """What `op`, a name of OPS or several joined with "+", costs in one layer (or, outside the layers, once).
 
-    The final norm and the head count one row per sequence: no more are needed. ValueError: an op not in OPS.
+    The final norm and the head count one row per sequence: no more are needed. `products_add`: not the norms but o_proj
+    and down_proj add to the residual stream, in place. ValueError: an op not in OPS.
     """
     ops = op.split("+")
     if unknown := [name for name in ops if name not in FLOWS]:
@@ -163,7 +164,7 @@ def cost(shapes: Shapes, op: str, load: Load) -> Cost:
     return Cost(
         sum(_weight_bytes(shapes, name, load) for name in ops),
         _cache_bytes(shapes, ops, load),
-        _activation_bytes(shapes, ops, load),
+        _activation_bytes(shapes, ops, load) + products_add * _moved_sum_bytes(shapes, ops, load),
         sum(_flop(shapes, name, load) for name in ops),
     )
 
@@ -232,6 +233,14 @@ def _activation_bytes(shapes: Shapes, ops: Sequence[str], load: Load) -> int:
         for name in FLOWS[op].writes:
             made[name] = rows
     return total + sum(rows * size(name) for name, rows in made.items() if name == _KERNELS_GIVE or _needed(name, ops))
+
+
+def _moved_sum_bytes(shapes: Shapes, ops: Sequence[str], load: Load) -> int:
+    """What changes where products add to the stream: a norm then reads one tensor instead of two and writes no sum, a
+    product reads the stream that it writes."""
+    tensors = {"input_norm": -2, "post_norm": -2, "final_norm": -2, "o_proj": 1, "down_proj": 1}
+    row_bytes = shapes.hidden_size * shapes.element_bytes
+    return sum(tensors.get(op, 0) * _rows(op, load) * row_bytes for op in ops)
 
 
 def _needed(tensor: str, ops: Sequence[str]) -> bool:

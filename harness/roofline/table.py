@@ -65,13 +65,15 @@ def lines(runs: Runs, run: Mapping[str, Any], ceilings: Ceilings) -> list[ShapeL
     layers = runs.layers[runs.layers["run_id"] == run["run_id"]]
     found = []
     for shape in run.get("shapes", []):
-        here = list(_lines(shapes, shape, layers, ceilings))
+        here = list(_lines(shapes, shape, layers, ceilings, "residual" in run.get("notes", {}).get("features", ())))
         if here:
             found.append(ShapeLines(shape["phase"], shape["batch_size"], shape["tokens"], here))
     return found
 
 
-def _lines(shapes: Shapes, shape: Mapping[str, Any], layers: pd.DataFrame, ceilings: Ceilings) -> Iterator[Line]:
+def _lines(
+    shapes: Shapes, shape: Mapping[str, Any], layers: pd.DataFrame, ceilings: Ceilings, products_add: bool
+) -> Iterator[Line]:
     load = load_of(shape)
     key = (shape["phase"], load.batch_size, load.new_tokens, load.context_len)
     times = op_times(layers[(layers[KEYS] == list(key)).all(axis=1)])
@@ -80,7 +82,7 @@ def _lines(shapes: Shapes, shape: Mapping[str, Any], layers: pd.DataFrame, ceili
     ops = sorted(inside, key=lambda op: [order[part] for part in op.split("+")])
     for op in [*ops, WHOLE_LAYER]:
         if op in times.index:
-            of_op = layer_cost(shapes, load) if op == WHOLE_LAYER else cost(shapes, op, load)
+            of_op = layer_cost(shapes, load) if op == WHOLE_LAYER else cost(shapes, op, load, products_add)
             yield _line(op, times.at[op, "source"], times.at[op, "time_us"], of_op, ceilings)
     timed = shape.get("timed", {})
     if timed.get("status") == "ok":

@@ -9,7 +9,7 @@ import torch
 
 from engines.base import Request, SamplingParams
 from engines.fused import LLM
-from engines.fused.state import DecodeState, Flight
+from engines.fused.state import STAGES, DecodeState, Flight
 from engines.nano.sequence import Sequence
 from tests.engines import reference
 
@@ -128,6 +128,75 @@ def test_top_k_of_one_is_greedy_beside_requests_without_limits(prompts, expected
     requests = [Request(f"{i}", tuple(p), free if i == 1 else hot) for i, p in enumerate(prompts)]
     got = tokens_of(engine(), requests)
     assert (got[0], got[2]) == (expected[0], expected[2])
+
+
+@pytest.mark.parametrize("interrupted", [1, 2, 3, 4, 5])
+def test_a_step_that_was_interrupted_is_run_again(monkeypatch, prompts, expected, interrupted):
+    """Two steps are in the air when the user stops one call; the requests of another go on."""
+    llm = engine()
+    sequences = [llm.add(request) for request in reference.requests(prompts, MANY)]
+    read, reads = Flight.read, []
+
+    def interrupt_once(flight):
+        reads.append(flight)
+        if len(reads) == interrupted:
+            raise KeyboardInterrupt
+        return read(flight)
+
+    monkeypatch.setattr(Flight, "read", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        while llm.has_unfinished():
+            llm.advance()
+    while llm.has_unfinished():
+        llm.advance()
+    assert [s.output_token_ids for s in sequences] == expected
+    blocks = llm.scheduler.blocks
+    assert len(blocks.free) == blocks.num_blocks
+
+
+class Unwanted:
+    """A probe that looks at nothing."""
+
+    def wants(self, _site) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("step", range(2, 2 + STAGES))
+def test_a_probe_put_on_while_a_step_is_in_the_air(monkeypatch, prompts, expected, step):
+    llm = engine()
+    sequences = [llm.add(request) for request in reference.requests(prompts, MANY)]
+    attach = llm.runner.attach
+
+    def capturing(probe, mode):
+        with torch.inference_mode():  # what a capture runs before it
+            llm.runner.state.clear()
+            llm.runner.step(len(prompts), 256)
+        attach(probe, mode)
+
+    monkeypatch.setattr(llm.runner, "attach", capturing)
+    for _ in range(step):
+        llm.advance()
+    llm.attach(Unwanted(), "eager")
+    llm.advance()
+    llm.detach()
+    while llm.has_unfinished():
+        llm.advance()
+    assert [s.output_token_ids for s in sequences] == expected
+
+
+def test_cold_draws_are_the_greatest_logit_beside_top_k_and_top_p(prompts, expected):
+    """So cold that the logits over the temperature are infinite."""
+    cold = SamplingParams(temperature=1e-38, max_tokens=MANY, ignore_eos=True)
+    settings = (cold, replace(cold, top_k=5), replace(cold, top_p=0.5))
+    requests = [Request(f"{i}", tuple(p), s) for i, (p, s) in enumerate(zip(prompts, settings, strict=True))]
+    assert tokens_of(engine(), requests) == expected
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_blocks_smaller_than_the_attention_kernel_takes(prompts, expected, size):
+    llm = engine(options={"block_size": size})
+    assert tokens_of(llm, reference.requests(prompts, MANY)) == expected
+    assert "attention" in llm.notes["fallbacks"]
 
 
 def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:

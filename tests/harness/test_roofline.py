@@ -260,7 +260,8 @@ def test_no_committed_time_is_below_its_floor(reference: dict[str, list[ShapeLin
     assert len(reference[engine]) == 13
     for shape in reference[engine]:
         ops = [line.op for line in shape.lines]
-        assert ops[-2:] == ["layer", STEP] and {"embed", "lm_head", "sample"} <= set(ops)
+        assert ops[-2:] == ["layer", STEP] and {"embed", "sample"} <= set(ops)
+        assert any(op.endswith("lm_head") for op in ops)
         for line in shape.lines:
             assert 0 < line.fraction <= 1.05, (shape, line)
 
@@ -274,4 +275,4 @@ def test_what_is_known_of_the_committed_runs(reference: dict[str, list[ShapeLine
         if line.op == "silu_mul":
             assert line.bound == "bytes" and 0.8 < line.fraction < 1
     (one,) = (s for s in reference["fused"] if (s.phase, s.batch_size, s.tokens) == ("decode", 1, 128))
-    assert 0.9 < next(line.fraction for line in one.lines if line.op == "lm_head") < 1
+    assert 0.9 < next(line.fraction for line in one.lines if line.op.endswith("lm_head")) < 1

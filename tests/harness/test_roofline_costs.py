@@ -82,6 +82,22 @@ def test_a_fused_op_keeps_what_is_used_up_inside(op: str, elements: int) -> None
     assert cost(SMALL, op, DECODE).activation_bytes == 3 * 2 * elements
 
 
+@pytest.mark.parametrize(
+    ("op", "elements"),
+    [  # of activations, read + written
+        ("input_norm", 8 + 8),
+        ("input_norm+qkv_proj", 8 + 20),
+        ("o_proj", (12 + 8) + 8),
+        ("post_norm+gate_up_proj+silu_mul", 8 + 10),
+        ("down_proj", (10 + 8) + 8),
+        ("final_norm+lm_head", 8 + 50),
+        ("silu_mul", 20 + 10),
+    ],
+)
+def test_products_that_add_to_the_stream_take_it_off_the_norms(op: str, elements: int) -> None:
+    assert cost(SMALL, op, DECODE, products_add=True).activation_bytes == 3 * 2 * elements
+
+
 def test_a_kernel_that_writes_and_attends_reads_no_new_token_back() -> None:
     token = 2 * (4 + 4)
     assert cost(SMALL, "kv_write", DECODE).cache_bytes == 3 * token
