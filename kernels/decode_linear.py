@@ -608,7 +608,11 @@ def decode_linear(
     if rows == 0 or out == 0:
         return y
     shape = (rows, out, k, gated, x.element_size())
-    launch = launch or best_launch(*shape, x.device) or default_launch(*shape)
+    if launch is None:
+        launch = best_launch(*shape, x.device)
+        # The key of a choice does not tell of a norm: another model's projection may have the shape of an o_proj.
+        if launch is None or (launch.split_k > 1 and (norm_weight is not None or gated)):
+            launch = default_launch(*shape)
     # In float16 gamma * x may overflow before 1/rms brings it back, so the scale goes in first; matrix cannot do that.
     scale_first = norm_weight is not None and x.dtype == torch.float16
     if launch.kernel == "matrix" and scale_first:

@@ -60,7 +60,7 @@ def fallbacks(config: ModelConfig, device: torch.device, block_size: int) -> dic
         del reasons["device_loop"], reasons["prefill_graphs"]
     elif config.head_dim % 2:
         reasons = dict.fromkeys(("attention", "rope_cache"), f"heads of {config.head_dim} have no two halves to rotate")
-    elif block_size < SMALLEST_BLOCK:
+    elif device.type == "cuda" and block_size < SMALLEST_BLOCK:
         reasons["attention"] = f"its kernel takes cache blocks of {SMALLEST_BLOCK} tokens or more"
     if not kernels.can_depend(device):
         reasons["dependent"] = "it needs a GPU of compute capability 9.0 or later"

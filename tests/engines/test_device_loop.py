@@ -9,6 +9,7 @@ import torch
 
 from engines.base import Request, SamplingParams
 from engines.fused import LLM
+from engines.fused.features import fallbacks
 from engines.fused.state import STAGES, DecodeState, Flight
 from engines.nano.sequence import Sequence
 from tests.engines import reference
@@ -196,7 +197,8 @@ def test_cold_draws_are_the_greatest_logit_beside_top_k_and_top_p(prompts, expec
 def test_blocks_smaller_than_the_attention_kernel_takes(prompts, expected, size):
     llm = engine(options={"block_size": size})
     assert tokens_of(llm, reference.requests(prompts, MANY)) == expected
-    assert "attention" in llm.notes["fallbacks"]
+    assert "attention" in fallbacks(llm.runner.model_config, torch.device("cuda"), size)
+    assert "attention" not in fallbacks(llm.runner.model_config, torch.device("cuda"), 16)
 
 
 def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:

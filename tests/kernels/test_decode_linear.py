@@ -1,5 +1,7 @@
 """decode_linear against float64: all kernels, odd shapes, everything that is fused, every launch."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -215,3 +217,11 @@ def test_dependent_launches_compute_the_same(rows, randn):
     assert torch.isfinite(plain).all()
     for _ in range(10):
         assert torch.equal(chain(True), plain)
+
+
+def test_a_choice_made_without_a_norm_is_left_out_with_one(monkeypatch, randn, assert_close):
+    """Two projections may have one shape; only the one without a norm can share its sums."""
+    shared = Launch("tiled", 16, 32, 4, block_m=16, num_stages=2, split_k=2)
+    monkeypatch.setattr(sys.modules["kernels.decode_linear"], "best_launch", lambda *_: shared)
+    x, weight, gamma = inputs(randn, 2, 64, 16, torch.float32)
+    assert_close(decode_linear(x, weight, norm_weight=gamma, eps=EPS), expected(x, weight, gamma))
