@@ -38,6 +38,27 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tens
     _check_place(name, tensor, like)
 
 
+def check_qkv(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor, heads: int,
+    kv_heads: int, head_dim: int,
+) -> None:  # fmt: skip
+    """The joint projection [tokens, (heads + 2 * kv_heads) * head_dim], the norms of heads, rotary table, positions."""
+    check_float("qkv", qkv, 2)
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even, since its halves are rotated against each other, not {head_dim}.")
+    if qkv.shape[1] != (heads + 2 * kv_heads) * head_dim:
+        raise ValueError(
+            f"qkv must have ({heads} + 2 * {kv_heads}) * {head_dim} columns for its heads, not {qkv.shape[1]}."
+        )
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight must both be given, or neither.")
+    if q_weight is not None and k_weight is not None:
+        check_like("q_weight", q_weight, (head_dim,), qkv)
+        check_like("k_weight", k_weight, (head_dim,), qkv)
+    check_like("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), qkv, torch.float32)
+    check_integers("positions", positions, (qkv.shape[0],), qkv)
+
+
 def _check_place(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, the other arguments are on {like.device}.")

@@ -15,13 +15,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import choices, decode_linear, qk_norm_rope_cache
+from kernels._timing import poisoned, relative_error, time_graph_us
 from kernels._triton import triton
 from kernels.decode_attention import Launch, candidates, decode_attention, default_launch, reference, workspace
 
@@ -31,7 +31,6 @@ CACHE_BYTES = 256 << 20
 BLOCK_SIZE = 256
 HIDDEN = 1024
 EPS = 1e-6
-REPLAYS = 11
 TOLERANCE = 1e-2
 
 
@@ -147,12 +146,7 @@ class Bench:
     def time_other(self, attend: Callable[[Tensor, Tensor], Tensor], name: Launch | str) -> Timed:
         """Any function of (qkv, cache) that gives o."""
         cache = self.caches[0]
-        torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-        try:
-            out = attend(self.qkv, cache.clone()).float()
-        finally:
-            torch.use_deterministic_algorithms(False)
-        error = ((out - self.expected).norm() / self.expected.norm()).item()
+        error = relative_error(poisoned(lambda: attend(self.qkv, cache.clone())), self.expected)
         alone = self._graph_us([partial(attend, self.qkv, cache) for cache in self.caches])
         layers = zip(self.weights, self.caches, strict=True)
         both = self._graph_us([partial(self._layer, attend, weight, cache) for weight, cache in layers])
@@ -160,23 +154,8 @@ class Bench:
 
     @staticmethod
     def _graph_us(calls: Sequence[Callable[[], Any]]) -> float:
-        """Median µs of a call, all captured as one graph; the first call comes before the capture."""
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            calls[0]()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
-        graph.replay()
-        for start, end in events:
-            start.record()
-            graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-        return median(start.elapsed_time(end) for start, end in events) * 1000 / len(calls)
+        """µs of a call, all captured as one graph."""
+        return time_graph_us(calls) / len(calls)
 
 
 def measure(

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._checks import check_float, check_integers, check_like
+from kernels._checks import check_integers, check_like, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
@@ -598,23 +598,10 @@ def _check(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
     block_tables: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, kv_heads: int, head_dim: int,
 ) -> None:  # fmt: skip
-    check_float("qkv", qkv, 2)
-    rows = qkv.shape[0]
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim must be even, since its halves are rotated against each other, not {head_dim}.")
     if heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, {kv_heads}, not {heads}.")
-    if qkv.shape[1] != (heads + 2 * kv_heads) * head_dim:
-        raise ValueError(
-            f"qkv must have ({heads} + 2 * {kv_heads}) * {head_dim} columns for its heads, not {qkv.shape[1]}."
-        )
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight must both be given, or neither.")
-    if q_weight is not None and k_weight is not None:
-        check_like("q_weight", q_weight, (head_dim,), qkv)
-        check_like("k_weight", k_weight, (head_dim,), qkv)
-    check_like("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), qkv, torch.float32)
-    check_integers("positions", positions, (rows,), qkv)
+    check_qkv(qkv, q_weight, k_weight, cos_sin, positions, heads, kv_heads, head_dim)
+    rows = qkv.shape[0]
     if k_cache.dim() != 4 or block_tables.dim() != 2:
         raise ValueError(
             "k_cache must be [num_blocks, block_size, kv_heads, head_dim] and block_tables [rows, max_blocks], "

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._checks import check_float, check_integers, check_like
+from kernels._checks import check_integers, check_like, check_qkv
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 
@@ -114,22 +114,8 @@ def _check(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
     slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
 ) -> None:  # fmt: skip
-    check_float("qkv", qkv, 2)
-    tokens = qkv.shape[0]
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim must be even, since its halves are rotated against each other, not {head_dim}.")
-    if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim:
-        raise ValueError(
-            f"qkv must have ({num_heads} + 2 * {num_kv_heads}) * {head_dim} columns for its heads, not {qkv.shape[1]}."
-        )
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight must both be given, or neither.")
-    if q_weight is not None and k_weight is not None:
-        check_like("q_weight", q_weight, (head_dim,), qkv)
-        check_like("k_weight", k_weight, (head_dim,), qkv)
-    check_like("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), qkv, torch.float32)
-    check_integers("positions", positions, (tokens,), qkv)
-    check_integers("slot_mapping", slot_mapping, (tokens,), qkv)
+    check_qkv(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
+    check_integers("slot_mapping", slot_mapping, (qkv.shape[0],), qkv)
     if k_cache.dim() != 4:
         raise ValueError(f"k_cache must have 4 dimensions, not shape {tuple(k_cache.shape)}.")
     shape = (k_cache.shape[0], k_cache.shape[1], num_kv_heads, head_dim)

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from kernels import (
     silu_mul,
     tile_stats,
 )
+from kernels._timing import poisoned, relative_error, time_graph_us
 from kernels._triton import triton
 from kernels._tune_attention import Heads, Timed, measure
 from kernels.decode_attention import Launch as AttentionLaunch
@@ -67,7 +67,6 @@ ATTENTION_TRIES = 8
 MATRIX_ROWS = 64
 CHAIN_ROWS = 16
 """Up to here the choices are tried together, in the whole chain."""
-REPLAYS = 11
 WORKERS = 14
 TOLERANCE = 1e-2
 HEAD_TOLERANCE = 5e-2
@@ -221,41 +220,6 @@ class Bench:
     def time_us(self, call: Callable[[Tensor], Any]) -> float:
         """µs per call over all weights in turn."""
         return time_graph_us([partial(call, weight) for weight in self.weights]) / len(self.weights)
-
-
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    """Norm of the error over norm of the expected."""
-    return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
-def poisoned(call: Callable[[], Any]) -> Any:
-    """The call's result, where every torch.empty in it was full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        return call()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def time_graph_us(calls: list[Callable[[], Any]]) -> float:
-    """Median µs of one replay of the calls, captured as a graph."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
-    graph.replay()
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in events) * 1000
 
 
 class HeadBench:
