@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +10,7 @@ from engines.base import NO_LAYER, Site
 from engines.fused.layers import DecodeContext
 from engines.fused.prefill_graphs import PrefillGraphs
 from engines.fused.state import DecodeState
+from engines.nano.graphs import DecodeGraphs
 from engines.nano.models import Decoder
 from kernels.decode_head import best_launch
 
@@ -136,37 +134,7 @@ class DecodeStep:
         )  # fmt: skip
 
 
-class DecodeGraphs:
-    """The decode step captured for each of `sizes` rows, sharing one memory pool."""
+class Graphs(DecodeGraphs):
+    """nano's, of another step, and those of prefill in the same memory."""
 
-    def __init__(self, step: DecodeStep, sizes: list[int], longest: int) -> None:
-        self.sizes = sizes
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.logits: dict[int, Tensor] = {}
-        self.pool = pool = torch.cuda.graph_pool_handle()
-        self.prefill: PrefillGraphs | None = None
-        for rows in reversed(sizes):  # the largest first: the others fit into its memory
-            self._capture(step, rows, longest, pool)
-
-    @property
-    def largest(self) -> int:
-        return self.sizes[-1]
-
-    def replay(self, rows: int) -> Tensor:
-        """Run the step on the state's rows; logits [rows, vocab], until the next replay."""
-        bucket = self.sizes[bisect_left(self.sizes, rows)]
-        self.graphs[bucket].replay()
-        return self.logits[bucket][:rows]
-
-    @torch.inference_mode()
-    def _capture(self, step: DecodeStep, rows: int, longest: int, pool: Any) -> None:
-        step.state.clear()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles, loads modules and picks algorithms, none of which a capture may do
-            step(rows, longest)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self.logits[rows] = step(rows, longest)
-        self.graphs[rows] = graph
+    prefill: PrefillGraphs | None = None

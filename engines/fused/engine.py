@@ -63,7 +63,7 @@ class LLM(NanoLLM):
         if flight is None or not any(s.status is Status.RUNNING for s in flight.sequences):
             sequences, is_prefill = self.scheduler.schedule()
             if is_prefill:
-                self._prefill(sequences)
+                self._run(sequences, is_prefill)
                 return
             flight = self.runner.launch(sequences)
         self._launch_ahead(flight)
@@ -73,11 +73,6 @@ class LLM(NanoLLM):
         """Give up steps that were launched and not read: run again, they draw the same tokens."""
         self._flight = None
         self.runner.state.forget()
-
-    def _prefill(self, sequences: list[Sequence]) -> None:
-        self._last = Ran(sequences, True, [(s.num_scheduled, s.num_cached, len(s)) for s in sequences])
-        self._last.token_ids = self.runner.run(sequences, True)
-        self._last.finished = self.scheduler.postprocess(sequences, self._last.token_ids)
 
     def _launch_ahead(self, flight: Flight) -> None:
         """Launch the step after `flight`, unless it depends on what is still in the air."""

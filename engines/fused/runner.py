@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 import kernels
 from engines.base import EngineConfig, HostPhases, Probe, SamplingParams, Site, TraceMode
-from engines.fused.decode import DecodeGraphs, DecodeStep
+from engines.fused.decode import DecodeStep, Graphs
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
 from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
 from engines.fused.state import DecodeState, Flight
-from engines.nano.graphs import BATCH_SIZES
 from engines.nano.layers.sampler import SamplingBatch, keep_likely
 from engines.nano.model_runner import ModelRunner
 from engines.nano.prefill import PrefillInputs
@@ -117,10 +114,8 @@ class FusedRunner(ModelRunner):
         host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 
-    def _capture(self) -> Any:
-        largest = min(self.config.max_num_seqs, BATCH_SIZES[-1])
-        sizes = [size for size in BATCH_SIZES if size < largest] + [largest]
-        graphs = DecodeGraphs(self.step, sizes, self.max_model_len)
+    def _capture(self) -> Graphs:
+        graphs = Graphs(lambda rows: self.step(rows, self.max_model_len), self.state.clear, self.config.max_num_seqs)
         if "prefill_graphs" in self.features and not self.watched:
             tokens = token_sizes(self.config.max_num_batched_tokens)
             sequences = min(MAX_SEQUENCES, self.config.max_num_seqs)

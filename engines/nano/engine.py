@@ -137,7 +137,9 @@ class LLM(OfflineCalls):
 
     def advance(self) -> None:
         """One scheduler step. What it was is told by `last_step`, so that the telling costs the step nothing."""
-        sequences, is_prefill = self.scheduler.schedule()
+        self._run(*self.scheduler.schedule())
+
+    def _run(self, sequences: list[Sequence], is_prefill: bool) -> None:
         self._last = Ran(
             sequences, is_prefill, [(s.num_scheduled, s.num_cached, len(s)) for s in sequences] if is_prefill else []
         )

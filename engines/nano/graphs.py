@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.nano.models.decoder import Decoder
 from engines.nano.sequence import Sequence
 from engines.nano.utils.context import StepContext
 
@@ -65,6 +65,11 @@ class DecodeBuffers:
             self.block_tables[:rows].copy_(self.host_tables[:rows], non_blocking=True)
         return rows
 
+    def clear(self) -> None:
+        """Empty contexts and no cache slots: a step of no sequences."""
+        self.numbers.zero_()
+        self.numbers[2].fill_(-1)
+
     def forget(self) -> None:
         """Call after a prefill, the only step that gives a sequence new blocks in place of old ones."""
         self._shown = []
@@ -101,43 +106,40 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """The model's decode step (embedding to final norm) captured for each of `sizes` rows, sharing one memory pool."""
+    """A decode step captured for each number of rows up to `max_rows` in BATCH_SIZES, sharing one memory pool.
 
-    def __init__(self, model: Decoder, buffers: DecodeBuffers, sizes: list[int]) -> None:
-        self.buffers = buffers
-        self.sizes = sizes
+    step: launches it for so many rows and returns its output [rows, ...]
+    clear: makes what it reads a step of no sequences: what capture and its warm-up compute is never read
+    """
+
+    def __init__(self, step: Callable[[int], Tensor], clear: Callable[[], None], max_rows: int) -> None:
+        largest = min(max_rows, BATCH_SIZES[-1])
+        self.sizes = [size for size in BATCH_SIZES if size < largest] + [largest]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.outputs: dict[int, Tensor] = {}
-        pool = torch.cuda.graph_pool_handle()
-        for rows in reversed(sizes):  # the largest first: the others fit into its memory
-            self._capture(model, rows, pool)
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        for rows in reversed(self.sizes):  # the largest first: the others fit into its memory
+            self._capture(step, clear, rows)
 
     @property
     def largest(self) -> int:
         return self.sizes[-1]
 
-    def bucket(self, rows: int) -> int:
-        """The smallest captured size that holds `rows`."""
-        return self.sizes[bisect_left(self.sizes, rows)]
-
     def replay(self, rows: int) -> Tensor:
-        """Run the step on the buffers' contents; hidden states [rows, hidden]."""
-        bucket = self.bucket(rows)
+        """Run the step on what its inputs hold now; its output for `rows` rows, until the next replay."""
+        bucket = self.sizes[bisect_left(self.sizes, rows)]
         self.graphs[bucket].replay()
         return self.outputs[bucket][:rows]
 
     @torch.inference_mode()
-    def _capture(self, model: Decoder, rows: int, pool: Any) -> None:
-        # Empty contexts and no cache slots: what capture and its warm-up compute is never read.
-        self.buffers.numbers.zero_()
-        self.buffers.numbers[2].fill_(-1)
-        inputs, context = self.buffers.inputs(rows), self.buffers.context(rows)
+    def _capture(self, step: Callable[[int], Tensor], clear: Callable[[], None], rows: int) -> None:
+        clear()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, loads modules and picks algorithms, none of which a capture may do
-            model(*inputs, context)
+            step(rows)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self.outputs[rows] = model(*inputs, context)
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.outputs[rows] = step(rows)
         self.graphs[rows] = graph

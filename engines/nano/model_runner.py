@@ -21,7 +21,7 @@ from engines.base import (
     TraceMode,
     hook,
 )
-from engines.nano.graphs import BATCH_SIZES, DecodeBuffers, DecodeGraphs
+from engines.nano.graphs import DecodeBuffers, DecodeGraphs
 from engines.nano.layers.attention import choose_backend
 from engines.nano.layers.sampler import Sampler, SamplingBatch
 from engines.nano.models import Decoder, read_model
@@ -152,9 +152,10 @@ class ModelRunner:
         return self.model.logits(self.model(*self.buffers.inputs(rows), context), context)
 
     def _capture(self) -> DecodeGraphs:
-        largest = min(self.config.max_num_seqs, BATCH_SIZES[-1])
-        sizes = [size for size in BATCH_SIZES if size < largest] + [largest]
-        return DecodeGraphs(self.model, self.buffers, sizes)
+        def step(rows: int) -> Tensor:
+            return self.model(*self.buffers.inputs(rows), self.buffers.context(rows))
+
+        return DecodeGraphs(step, self.buffers.clear, self.config.max_num_seqs)
 
     # --- memory ---
 
