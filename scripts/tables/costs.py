@@ -17,6 +17,16 @@ SHAPES = "1x128,32x128,256x128,256x1024"
 HOST_PHASES = ("schedule", "prepare", "launch", "sample", "finish", "rest")
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 OUTSIDE = {"embed": "embedding and head", "head": "embedding and head", "sample": "sampling", "step": "copies, inputs"}
+IDLE = "step less its kernels"
+DIFFERENCES = {
+    "scheduler": ("host: schedule", "host: finish"),
+    "memory: tables and slots": ("host: prepare",),
+    "attention": ("GPU: attention",),
+    "graphs": ("host: launch",),
+    "sampling": ("GPU: sampling", "host: sample"),
+    "host work, not hidden": (IDLE,),
+}
+"""Differences between engines, and the costs that they show in."""
 GPU_GROUPS = ("attention", "projections", "norms and small ops", "embedding and head", "sampling", "copies, inputs")
 
 
@@ -92,6 +102,32 @@ def _costs(found: Runs, run: dict[str, Any]) -> dict[tuple[int, int], dict[str, 
         if here:
             costs[shape["batch_size"], shape["tokens"]] = {"step": shape["timed"]["wall_us"], **here}
     return costs
+
+
+@table("difference-costs")
+def difference_costs(folder: str = REFERENCE, workload: str = "latency", engines: str = "vllm,nano",
+                     shapes: str = "1x128,256x128,256x1024") -> str:  # fmt: skip
+    """µs per decode step that each of `DIFFERENCES` shows in, by engine and shape (batch x context)."""
+    found = runs(folder)
+    measured = _runs_by_engine(found, workload)
+    costs = {engine: _costs(found, measured[engine]) for engine in engines.split(",") if engine in measured}
+    asked = [(int(batch), int(context)) for batch, _, context in (shape.partition("x") for shape in shapes.split(","))]
+    columns = [(engine, shape) for shape in asked for engine in costs]
+    rows = []
+    for difference, names in DIFFERENCES.items():
+        for name in names:
+            cells = [_with_idle(costs[engine].get(shape, {})).get(name) for engine, shape in columns]
+            shown = ["" if us is None else f"{us:,.0f}" for us in cells]
+            rows.append([difference, name, *shown])
+    head = ["difference", "µs of a step", *(f"{engine}, {batch} × {context}" for engine, (batch, context) in columns)]
+    return markdown(head, rows, left=2)
+
+
+def _with_idle(costs: dict[str, float]) -> dict[str, float]:
+    """`costs` with what the untraced step takes beyond its kernels: the GPU's time without work."""
+    if "GPU: gaps" not in costs:
+        return costs
+    return costs | {IDLE: costs["step"] - (costs["GPU: first to last"] - costs["GPU: gaps"])}
 
 
 @table("closure")

@@ -360,6 +360,17 @@ def test_step_costs_by_hand(tmp_path: Path) -> None:
     ]
     assert made.endswith("Not measured: vllm, fused.")
     assert costs.step_costs(str(tmp_path), workload="grid").startswith("Not measured yet: no `grid` run")
+    # what the step of 1,000 µs takes beyond the 800 - 80 µs in which its kernels ran
+    assert cells(costs.difference_costs(str(tmp_path), engines="nano", shapes="2x16,4x16")) == [
+        ["scheduler", "host: schedule", "12", ""],
+        ["scheduler", "host: finish", "", ""],
+        ["memory: tables and slots", "host: prepare", "", ""],
+        ["attention", "GPU: attention", "6", ""],
+        ["graphs", "host: launch", "", ""],
+        ["sampling", "GPU: sampling", "20", ""],
+        ["sampling", "host: sample", "", ""],
+        ["host work, not hidden", "step less its kernels", "280", ""],
+    ]
 
 
 def test_closure_by_hand(tmp_path: Path) -> None:
