@@ -24,6 +24,7 @@ from harness.instruments.kernels import KernelProbe, KernelSample, disagreeing, 
 from harness.instruments.nvtx import NvtxProbe, Ranges
 from harness.instruments.phases import PhaseTimer
 from harness.instruments.probe import Instrument, StepTrace, Tee
+from harness.pace import host_pace
 from harness.passes import Sample, ShapeSteps, UnexpectedStep, out_of_memory, undisturbed
 from harness.progress import Reporter
 from harness.results import RunWriter, request_row
@@ -177,6 +178,7 @@ class Measurement:
                 if self.device != "cpu":
                     record["gpu"] = machine.gpu_state()
                     record["memory"] = machine.torch_memory()
+                record["host_pace"] = host_pace(self.device)
                 self.passes[shape][TIMED] = record
 
     def trace_kernels(self) -> None:

@@ -26,6 +26,7 @@ from harness.errors import RunFailed
 from harness.instruments.nvtx import Ranges
 from harness.limits import Work, check_capacity, device_of, engine_config, too_large
 from harness.measurement import KERNELS, TIMED, Measurement
+from harness.pace import slowdowns
 from harness.progress import Reporter
 from harness.results import RunWriter
 from harness.roofline.ceilings import cached_record
@@ -255,6 +256,9 @@ class Session:
         for shape, found in ((shape, p.get(TIMED, {}).get("gpu") or {}) for shape, p in passes.items()):
             if found.get("throttled"):
                 yield f"{shape}: the GPU was throttled ({', '.join(found['throttle_reasons'])})."
+        paces = {shape: pace for shape, p in passes.items() if (pace := p.get(TIMED, {}).get("host_pace"))}
+        for shape, times in slowdowns(paces).items():
+            yield f"{shape}: the host was {times:.1f} times slower than at its best in this run (host_pace)."
         for state in ("gpu_before", "gpu_after"):
             if others := (self.record[state] or {}).get("other_processes"):
                 yield f"{len(others)} other processes were on the GPU ({state.replace('_', ' ')})."
