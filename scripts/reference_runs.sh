@@ -13,7 +13,7 @@
 #
 # Results go to $RESULTS (results/reference-runs); `python scripts/reference_refresh.py` makes them small enough to
 # commit, and trial's regress-trial.json is so already. Needs vllm, and for compare nano-vLLM. PYTHON names the
-# interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the launches of each kind in trial, WEIGHTS the
+# interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain launches in trial, WEIGHTS the
 # checkpoint (random), OPS_MODEL whose shapes ops takes (qwen3-0.6b, or all), DRY_RUN=1 only prints the commands. A part
 # that fails does not stop the next one.
 set -uo pipefail

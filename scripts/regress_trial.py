@@ -3,9 +3,9 @@
     python scripts/regress_trial.py results/regress-trial --json results/reference/h200/regress-trial.json
     python scripts/regress_trial.py results/trial --launches 6 --seconds 1 -- model=tiny
 
-Starts nano LAUNCHES times, and as often with a delay of a share of each step planted into one layer
-(scripts/slow_engine.py), in the order A B B A, each in a process of its own through `python -m harness`. How long a
-step's delay is follows from the first launch. Then it takes the launches apart: COMPARISONS times half of the plain
+Starts nano LAUNCHES times, and half as often with a delay of a share of each step planted into one layer
+(scripts/slow_engine.py), spread evenly among them, each in a process of its own through `python -m harness`. How long
+a step's delay is follows from the first launch. Then it takes the launches apart: COMPARISONS times half of the plain
 ones against the other half, and COMPARISONS times as many plain against slow ones, drawn at random, each judged by
 harness.regress at its default preset. Launches that are there already are not run again; what follows `--` are
 overrides of the harness.
@@ -57,7 +57,8 @@ runpy.run_module("harness", run_name="__main__", alter_sys=True)
 """
 """A process that has imported everything, and runs `python -m harness` when it is told the command line."""
 NOTE = (
-    "Every comparison draws its launches from one set of them, so the comparisons are not independent; the counts say "
+    "Every comparison draws its launches from one set of them, the slow side often the same ones, so the comparisons "
+    "are not independent; the counts say "
     "how launches like these are judged, not how often in the long run."
 )
 
@@ -72,8 +73,12 @@ class Launches:
 
 
 def order(launches: int) -> list[tuple[str, int]]:
-    """(side, number) of all launches: A B B A A B B A ..."""
-    return [(side, n) for n in range(launches) for side in ((NORMAL, SLOW) if n % 2 == 0 else (SLOW, NORMAL))]
+    """(side, number) of all launches, as many slow ones as a comparison takes: A B A  A B A  A B A ..."""
+    return [
+        (side, number)
+        for n in range(launches)
+        for side, number in ([(NORMAL, n), (SLOW, n // 2)] if n % 2 == 0 and n + 1 < launches else [(NORMAL, n)])
+    ]
 
 
 def delays_us(folder: Path, share: float) -> list[list[float]]:
@@ -229,7 +234,7 @@ def main() -> int:
     """Exit code 0, or 2 with the reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("into", type=Path, metavar="FOLDER", help="where the launches' runs go")
-    parser.add_argument("--launches", type=int, default=12, help="of each kind (default: %(default)s)")
+    parser.add_argument("--launches", type=int, default=12, help="plain ones, half as many slow (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a shape (default: %(default)s)")
     parser.add_argument("--slowdown", type=float, default=0.03, help="share of a step planted (default: %(default)s)")
     parser.add_argument("--comparisons", type=int, default=20, help="of each kind (default: %(default)s)")

@@ -33,7 +33,8 @@ def drawn(rng: np.random.Generator, by: float, noise: float = 0.003, launches: i
 
 
 def test_launches_take_turns() -> None:
-    assert order(3) == [(NORMAL, 0), (SLOW, 0), (SLOW, 1), (NORMAL, 1), (NORMAL, 2), (SLOW, 2)]
+    assert order(4) == [(NORMAL, 0), (SLOW, 0), (NORMAL, 1), (NORMAL, 2), (SLOW, 1), (NORMAL, 3)]
+    assert order(3) == [(NORMAL, 0), (SLOW, 0), (NORMAL, 1), (NORMAL, 2)]
 
 
 def test_delays_are_shares_of_the_first_launchs_steps(tmp_path) -> None:
