@@ -14,8 +14,8 @@
 # Results go to $RESULTS (results/reference-runs); `python scripts/reference_refresh.py` makes them small enough to
 # commit, and trial's regress-trial.json is so already. Needs vllm, and for compare nano-vLLM. PYTHON names the
 # interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain launches in trial, WEIGHTS the
-# checkpoint (random), OPS_MODEL whose shapes ops takes (qwen3-0.6b, or all), DRY_RUN=1 only prints the commands. A part
-# that fails does not stop the next one.
+# checkpoint (random), SHARE and CACHE_TOKENS what each engine gets of an H200 in compare, OPS_MODEL whose shapes ops
+# takes (qwen3-0.6b, or all), DRY_RUN=1 only prints the commands. A part that fails does not stop the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,9 +37,12 @@ ablate() {
 part() {
   case $1 in
     compare)
-      engines='engines=[nano_vllm,nano,fused,vllm:serve_arm=default,vllm:serve_arm=inproc_async]'
+      # A cache of one size for the engines that can be given one; nano-vLLM and vLLM take what such a share leaves.
+      own=limits.kv_cache_tokens=null
+      engines="engines=[nano_vllm:$own,nano,fused,vllm:serve_arm=default:$own,vllm:serve_arm=inproc_async:$own]"
       run "$python" -m harness.compare "$engines" baseline=nano workload=full rounds="${ROUNDS:-6}" \
-        launches="${LAUNCHES:-1}" into="$results/compare" "${common[@]}"
+        launches="${LAUNCHES:-1}" into="$results/compare" limits.gpu_memory_utilization="${SHARE:-0.18}" \
+        limits.kv_cache_tokens="${CACHE_TOKENS:-214016}" "${common[@]}"
       ;;
     ablation)
       # A few at a time: they start together, and each takes some 15 GB while its output is verified.

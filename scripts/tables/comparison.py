@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from harness.compare.comparison import read
+from harness.compare.contestants import folder_name
 from harness.compare.ratios import MIN_LAUNCHES
 from harness.compare.table import Cell, Row
 from scripts.tables.registry import markdown, table
@@ -28,6 +32,7 @@ def comparison(folder: str = COMPARISON) -> str:
     measured = [label for label in settings["engines"] if any(row.cells[label].spread for row in found)]
     arms = {label: arm for label in measured if (arm := vllm_arm(label))}
     columns = _columns(measured, arms)
+    heads = [label if label in arms else label.split(":limits.")[0] for label in columns]
     rows = [[row.name, *(_shown(row, labels, arms) for labels in columns.values())] for row in found]
     baseline = settings["baseline"]
     run = run_of_folder(ROOT / folder, baseline.partition(":")[0])
@@ -39,11 +44,22 @@ def comparison(folder: str = COMPARISON) -> str:
         f"{settings['rounds']} rounds in ABBA order, launched {record['launches']} time(s) (half as many rounds of the "
         f"served requests), with the range of the rounds; ratios to {baseline} are geometric means of rounds that ran "
         f"next to each other, with their 95 % interval{within}. TPOT: a call with 129 tokens of output less one with "
-        f"1, over 128. Runs: `{folder}`."
+        f"1, over 128. {_caches(ROOT / folder, measured)}Runs: `{folder}`."
     )
     out = [f"{label} took no part: {reason}" for label, reason in reasons.items() if label not in measured]
     out += [f"{label} left before the end: {reason}" for label, reason in reasons.items() if label in measured]
-    return "\n\n".join([markdown([f"{settings['model']['name']}", *columns], rows, left=1), source, *out])
+    return "\n\n".join([markdown([f"{settings['model']['name']}", *heads], rows, left=1), source, *out])
+
+
+def _caches(folder: Path, labels: list[str]) -> str:
+    """A sentence: how many tokens the contestants' caches held in the first launch; "" where runs do not tell."""
+    tokens = {}
+    for label in labels:
+        run = folder / "launch-0" / folder_name(label) / "run.json"
+        if run.is_file() and (capacity := json.loads(run.read_text()).get("capacity")):
+            tokens[label] = capacity["kv_cache_tokens"]
+    told = [f"{label.split(':limits.')[0]} {held:,}" for label, held in tokens.items()]
+    return f"Tokens in the cache: {', '.join(told)}. " if told else ""
 
 
 def vllm_arm(label: str) -> str:

@@ -560,6 +560,17 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     assert "C took no part: it has no legs" in made
 
 
+def test_a_comparison_tells_limits_by_the_caches_that_they_gave(tmp_path: Path) -> None:
+    labels = ("nano:limits.kv_cache_tokens=8:limits.max_num_seqs=2", "fused")
+    folder = Path(_compared(tmp_path, {label: [_block(label, 0, 1.0)] for label in labels}))
+    for label, tokens in zip(labels, (12_345, 678), strict=True):
+        (path,) = folder.glob(f"*/{label.replace(':', '-')}/run.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"capacity": {"kv_cache_tokens": tokens}}))
+    made = comparison.comparison(str(folder))
+    assert made.splitlines()[0] == "| small | nano | fused |"
+    assert "Tokens in the cache: nano 12,345, fused 678." in made
+
+
 def test_memory_that_batches_need() -> None:
     rows = {row[0]: row[1:] for row in cells(baseline.memory_need("qwen3-0.6b"))}
     # 15,728,640 elements in each of 28 layers, 151,936 × 1,024 in the tied head; 114,688 bytes per token
