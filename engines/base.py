@@ -33,6 +33,8 @@ WHOLE_LAYER = "layer"
 """`block` and `op` of an interval that spans a whole decoder layer."""
 NO_LAYER = -1
 """`layer_index` of what lies outside the decoder layers: embedding, final norm, head, sampling."""
+HOTTEST = 1e30
+"""Highest temperature: any that is used draws evenly, and logits of -inf over an infinite one are not a number."""
 
 
 class InputError(ValueError):
@@ -59,8 +61,8 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}.")
+        if not 0 <= self.temperature <= HOTTEST:  # nor not a number
+            raise InputError(f"temperature must be from 0 (greedy) to {HOTTEST:g}, not {self.temperature}.")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens must be at least 1, not {self.max_tokens}.")
         if self.top_k < -1:
@@ -213,10 +215,9 @@ def hook(modules: Iterable[tuple[Site, nn.Module]], probe: Probe) -> Callable[[]
 
     Hooks fire when the module is *called*: in eager execution at each step, in a CUDA graph only while it is captured.
     """
+    wanted = [(site, module) for site, module in modules if probe.wants(site)]  # all asked before the first hook is on
     handles = []
-    for site, module in modules:
-        if not probe.wants(site):
-            continue
+    for site, module in wanted:
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], site: Site = site) -> None:
             tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "shape") and a.dim() > 0]

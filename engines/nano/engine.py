@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+import kernels
 from engines.arrivals import Arrivals
 from engines.base import (
     Capacity,
@@ -35,6 +36,8 @@ from engines.nano.parallel import LeadingRunner
 from engines.nano.scheduler import Scheduler
 from engines.nano.sequence import Sequence
 from engines.nano.utils import compile as compilation
+
+NO_TRITON = "The package triton is not installed: plain PyTorch runs in place of kernels, without CUDA graphs."
 
 
 @dataclass(slots=True)
@@ -113,6 +116,7 @@ class LLM(OfflineCalls):
             "block_size": self.options.block_size,
             "graph_batch_sizes": graphs.sizes if graphs else [],
             "preemptions": self.scheduler.num_preemptions,
+            "notices": [NO_TRITON] if self.config.device == "cuda" and not kernels.HAVE_TRITON else [],
         }
 
     def add(self, request: Request) -> Sequence:
@@ -143,7 +147,12 @@ class LLM(OfflineCalls):
         self._last = Ran(
             sequences, is_prefill, [(s.num_scheduled, s.num_cached, len(s)) for s in sequences] if is_prefill else []
         )
-        self._last.token_ids = self.runner.run(sequences, is_prefill)
+        try:
+            self._last.token_ids = self.runner.run(sequences, is_prefill)
+        except BaseException:
+            if is_prefill:  # a decode step finds all as it was, and is run again
+                self.scheduler.take_back(sequences)
+            raise
         self._last.finished = self.scheduler.postprocess(sequences, self._last.token_ids)
 
     def last_step(self) -> Step:
@@ -205,23 +214,25 @@ class LLM(OfflineCalls):
         """Greedy continuation with the logits of every token, through the same steps as always."""
         requests = [replace(r, sampling=replace(r.sampling, temperature=0.0)) for r in requests]
         logits: dict[str, list[torch.Tensor]] = {r.request_id: [] for r in requests}
-        tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
-        for request in requests:
-            self.add(request)
         self.runner.keep_logits = True
         try:
-            while self.has_unfinished():
+            sequences = [self.add(request) for request in requests]
+            while not all(sequence.finish_reason for sequence in sequences):
                 self.advance()
                 step = self.last_step()
                 rows = {s.request_id: row for row, s in enumerate(step.scheduled)}
-                assert self.runner.kept_logits is not None
-                for request_id, token in step.tokens:
-                    logits[request_id].append(self.runner.kept_logits[rows[request_id]])
-                    tokens[request_id].append(token)
+                for name, _ in step.tokens:
+                    if name in logits:  # else of a stream that waits meanwhile
+                        assert self.runner.kept_logits is not None
+                        logits[name].append(self.runner.kept_logits[rows[name]])
+        except BaseException:
+            self.abort(logits)
+            raise
         finally:
             self.runner.keep_logits, self.runner.kept_logits = False, None
         return [
-            Scored(r.prompt_token_ids, tuple(tokens[r.request_id]), torch.stack(logits[r.request_id])) for r in requests
+            Scored(r.prompt_token_ids, tuple(s.output_token_ids), torch.stack(logits[r.request_id]))
+            for r, s in zip(requests, sequences, strict=True)
         ]
 
     def host_phases(self) -> HostPhases:
@@ -232,7 +243,7 @@ class LLM(OfflineCalls):
         if self.options.tensor_parallel_size > 1:
             raise TraceUnsupported("Layers are traced with tensor_parallel_size 1 only: all ranks must run alike.")
         if mode == "graph" and self.runner.graphs is None:
-            raise TraceUnsupported(f"{self.name} runs without CUDA graphs here.")
+            raise TraceUnsupported(f"{self.name} runs without CUDA graphs: {self.runner.no_graphs}.")
         self.runner.attach(probe, mode)
 
     def detach(self) -> None:

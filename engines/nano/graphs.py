@@ -10,10 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import kernels
 from engines.nano.sequence import Sequence
 from engines.nano.utils.context import StepContext
 
 BATCH_SIZES = (1, 2, 4, 8, *range(16, 513, 16))
+
+
+def why_no_graphs(device: torch.device) -> str:
+    """Why steps cannot be captured on `device`; "" if they can."""
+    if device.type != "cuda":
+        return "there are no graphs without a GPU"
+    return "" if kernels.HAVE_TRITON else "without the package triton plain PyTorch runs, which waits for the host"
 
 
 class DecodeBuffers:

@@ -21,7 +21,7 @@ from engines.base import (
     TraceMode,
     hook,
 )
-from engines.nano.graphs import DecodeBuffers, DecodeGraphs
+from engines.nano.graphs import DecodeBuffers, DecodeGraphs, why_no_graphs
 from engines.nano.layers.attention import choose_backend
 from engines.nano.layers.sampler import Sampler, SamplingBatch
 from engines.nano.models import Decoder, read_model
@@ -42,9 +42,9 @@ class ModelRunner:
     ) -> None:
         self.config = config
         self.block_size = options.block_size
-        self.eager = options.enforce_eager
         self.rank, self.ranks = rank, options.tensor_parallel_size
         self.device = torch.device(config.device)
+        self.no_graphs = "enforce_eager is set" if options.enforce_eager else why_no_graphs(self.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         if self.device.type == "cuda":
             self.untracked_at_start = untracked()
@@ -69,10 +69,11 @@ class ModelRunner:
         self.buffers = self._make_buffers()
         self.graphs: Any = None  # of the decode steps; None: none
         self._plain_graphs: Any = None
+        self.watched = False  # a probe is attached
         self._unhook = lambda: None
         self._meet()
         self.num_blocks = self._allocate_cache()
-        if self.device.type == "cuda" and not self.eager:
+        if not self.no_graphs:
             self.graphs = self._capture()
 
     @property
@@ -109,14 +110,19 @@ class ModelRunner:
         }
 
     def attach(self, probe: Probe, mode: TraceMode) -> None:
-        """Hooks on; graphs off (`eager`) or captured anew with the hooks inside (`graph`)."""
-        self._plain_graphs = self.graphs
-        self._unhook = hook(self.sites, probe)
-        self.graphs = self._capture() if mode == "graph" else None
+        """Hooks on; graphs off (`eager`) or captured anew with them inside (`graph`). An error leaves all as it was."""
+        self.detach()
+        self._plain_graphs, self.watched = self.graphs, True
+        try:
+            self._unhook = hook(self.sites, probe)
+            self.graphs = self._capture() if mode == "graph" else None
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         self._unhook()
-        self._unhook = lambda: None
+        self._unhook, self.watched = lambda: None, False
         self.graphs, self._plain_graphs = self._plain_graphs or self.graphs, None
 
     def close(self) -> None:
@@ -209,7 +215,7 @@ class ModelRunner:
     def _memory_with_graphs(self) -> Memory:
         """What the GPU's memory looks like with all there but the cache: decode graphs are captured once to see it."""
         self._bind_cache(1)
-        graphs = None if self.eager else self._capture()
+        graphs = None if self.no_graphs else self._capture()
         memory = Memory.now(self.untracked_at_start)
         del graphs
         self._unbind_cache()

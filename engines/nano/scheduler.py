@@ -66,6 +66,15 @@ class Scheduler:
             self.running = deque(s for s in self.running if s.status is not Status.FINISHED)
         return finished
 
+    def take_back(self, sequences: list[Sequence]) -> None:
+        """Put the sequences of a prefill that failed back to where they came from, with nothing in the cache."""
+        for sequence in reversed(sequences):
+            self.blocks.release(sequence)
+            if sequence.status is Status.RUNNING:  # else its prompt was cut, and it is first in line still
+                self.running.remove(sequence)
+                sequence.status = Status.WAITING
+                self.waiting.appendleft(sequence)
+
     def abort(self, request_ids: Iterable[str]) -> None:
         doomed = set(request_ids)
         for sequence in (*self.waiting, *self.running):

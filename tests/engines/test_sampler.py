@@ -37,6 +37,8 @@ def exact(temperature: float, allowed: list[int]) -> torch.Tensor:
         (SamplingParams(temperature=1.0, top_p=0.7), [3, 0]),
         (SamplingParams(temperature=1.0, top_p=0.8), [3, 0, 2]),
         (SamplingParams(temperature=2.0, top_k=4, top_p=0.6), [3, 0]),
+        (SamplingParams(temperature=1e30), [0, 1, 2, 3, 4, 5]),
+        (SamplingParams(temperature=1e30, top_k=3), [3, 0, 2]),
     ],
 )
 def test_distribution(sampling, allowed):
@@ -64,7 +66,21 @@ def test_seeded_draw_depends_on_seed_and_position_alone():
     assert not torch.equal(draw(SamplingParams(temperature=1.0, seed=8), rows=50), alone)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"max_tokens": 0}, {"top_p": 0}, {"top_k": -2}])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-38, 1e-50])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+def test_cold_draws_are_the_greatest_logit(temperature, cut):
+    """So cold that the logits over the temperature are infinite, or that it is 0 in float32."""
+    batch = SamplingBatch.of([(SamplingParams(temperature, **cut), 0)] * 50, len(LOGITS), torch.device("cpu"))
+    assert set(Sampler()(4 * LOGITS.repeat(50, 1), batch).tolist()) == {3}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"temperature": value} for value in (-1, 1e31, float("inf"), float("nan"))),
+        {"max_tokens": 0}, {"top_p": 0}, {"top_k": -2},
+    ],
+)  # fmt: skip
 def test_bad_settings(bad):
     with pytest.raises(InputError):
         SamplingParams(**bad)

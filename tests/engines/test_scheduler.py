@@ -87,6 +87,12 @@ class Traffic(RuleBasedStateMachine):
             if self.tokens:
                 self.step([next(source) for _ in range(self.max_num_seqs)])
 
+    @rule(num_steps=st.integers(1, 2))
+    def fail(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            if self.tokens:
+                self.step([1] * self.max_num_seqs, prefill_fails=True)
+
     @invariant()
     def blocks_belong_to_their_holders(self) -> None:
         if not hasattr(self, "tables"):
@@ -110,13 +116,19 @@ class Traffic(RuleBasedStateMachine):
         assert not self.tokens and not self.scheduler.has_unfinished()
         assert len(self.blocks.free) == self.num_blocks
 
-    def step(self, drawn: list[int]) -> None:
-        """One step, as the engine makes it."""
+    def step(self, drawn: list[int], prefill_fails: bool = False) -> None:
+        """One step, as the engine makes it. A prefill that fails leaves what it has written half done."""
         sequences, is_prefill = self.scheduler.schedule()
         self.check_limits(sequences, is_prefill)
         self.follow_tables(sequences, is_prefill)
         self.check_sharing(sequences)
         self.blocks_belong_to_their_holders()
+        if is_prefill and prefill_fails:
+            self.spoil_cache(sequences)
+            self.scheduler.take_back(sequences)
+            for sequence in sequences:
+                self.release(sequence.request_id)
+            return
         self.run_cache(sequences)
         drawn = drawn[: len(sequences)]
         scheduled = [(sequence.request_id, sequence.num_scheduled) for sequence in sequences]
@@ -174,6 +186,11 @@ class Traffic(RuleBasedStateMachine):
                         assert self.cache[slot] == tuple(tokens[: position + 1])
                     else:
                         self.cache[slot] = tuple(tokens[: position + 1])
+
+    def spoil_cache(self, sequences: list[Sequence]) -> None:
+        for s in sequences:
+            for position in range(s.num_cached, s.num_cached + s.num_scheduled):
+                self.cache[s.block_table[position // BLOCK] * BLOCK + position % BLOCK] = ()
 
     def take_tokens(self, scheduled: list[tuple[str, int]], drawn: list[int]) -> dict[str, str]:
         """Append what was drawn to each request whose tokens are all computed; who is done by that, and why."""

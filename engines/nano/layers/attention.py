@@ -136,11 +136,12 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple
 def _fastest(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return "torch"
+    ours = "triton" if kernels.HAVE_TRITON else "torch"
     if dtype is torch.float32:
-        return "triton"  # FlashAttention takes half precision only
+        return ours  # FlashAttention takes half precision only
     if torch.cuda.get_device_capability(device) == (9, 0) and _importable("vllm.vllm_flash_attn"):
         return "flash_attn_3"
-    return "flash_attn" if _importable("flash_attn") else "triton"
+    return "flash_attn" if _importable("flash_attn") else ours
 
 
 def _importable(module: str) -> bool:

@@ -14,6 +14,9 @@ SORTED_ROWS = 32
 """Rows whose vocabularies are sorted at once. A sort takes some forty bytes per entry, and the cache is what is left
 when a whole batch that asks for it has been provided for."""
 
+COLDEST = 1e-30
+"""Logits over a lower temperature may be infinite; colder is the same."""
+
 
 @dataclass(slots=True)
 class SamplingBatch:
@@ -64,7 +67,8 @@ class Sampler(nn.Module):
             generator = torch.Generator(logits.device).manual_seed(seed * 1_000_003 + position)
             noise[row].exponential_(generator=generator)
         if batch.top_k is not None or batch.top_p is not None:
-            logits = keep_likely(logits.float() / self._divisor(batch.temperatures), batch.top_k, batch.top_p)
+            divisors = batch.temperatures.clamp_min(COLDEST).unsqueeze(1)
+            logits = keep_likely(logits.float() / divisors, batch.top_k, batch.top_p)
             tokens = self.draw(logits, torch.ones_like(batch.temperatures), noise)
         else:
             tokens = self.draw(logits, batch.temperatures, noise)
@@ -72,14 +76,10 @@ class Sampler(nn.Module):
             tokens = torch.where(batch.temperatures == 0, logits.argmax(-1), tokens)
         return tokens
 
-    @staticmethod
-    def _divisor(temperatures: Tensor) -> Tensor:
-        return torch.where(temperatures == 0, 1.0, temperatures).unsqueeze(1)
-
     @compiled
     def draw(self, logits: Tensor, temperatures: Tensor, noise: Tensor) -> Tensor:
         """argmax p / e with e ~ Exp(1) is an exact draw from p (the exponential race)."""
-        scaled = logits.float() / torch.where(temperatures == 0, 1.0, temperatures).unsqueeze(1)
+        scaled = logits.float() / temperatures.clamp_min(COLDEST).unsqueeze(1)
         # In log space, where no probability underflows: log p - log e, and softmax's constant does not move the argmax.
         return (scaled - noise.clamp_min(1e-30).log()).argmax(-1)
 
