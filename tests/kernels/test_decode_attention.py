@@ -14,6 +14,7 @@ EPS = 1e-6
 MAX_POS = 700
 SUM = Launch(block_n=64, splits=1, piece=64, num_warps=4, dot=False)
 DOT = Launch(block_n=32, splits=1, piece=32, num_warps=1, dot=True, num_stages=3)
+HELD = Launch(block_n=64, splits=1, piece=64, num_warps=2, dot=True, fragments=1)
 
 
 def split(launch: Launch, splits: int) -> Launch:
@@ -118,13 +119,17 @@ def make_case(randn, device):
 LAYOUTS = [(4, 2, 128, 256), (7, 1, 64, 16), (2, 2, 24, 16), (8, 2, 16, 64)]
 
 
-LAUNCHES = {"sum": SUM, "dot": DOT, "sum8": split(SUM, 8), "dot2": split(DOT, 2)}
+LAUNCHES = {
+    "sum": SUM, "dot": DOT, "held": HELD, "sum8": split(SUM, 8), "dot2": split(DOT, 2),
+    "held2": replace(HELD, splits=2, fragments=2),
+}  # fmt: skip
 PAIRS = [(layout, launch, torch.float32) for layout in LAYOUTS for launch in LAUNCHES]
 PAIRS += [
     (layout, launch, dtype)
     for dtype in (torch.float16, torch.bfloat16)
     for layout, launch in zip(LAYOUTS, ("sum", "dot", "dot2", "sum8"), strict=True)
 ]
+PAIRS += [(layout, "held2", torch.bfloat16) for layout in LAYOUTS]
 
 
 @pytest.mark.parametrize(("layout", "launch", "dtype"), PAIRS, ids=str)
@@ -161,7 +166,7 @@ def test_query_heads_apart(splits, make_case, assert_close):
         case.run(replace(SUM, heads=2))
 
 
-@pytest.mark.parametrize("launch", [SUM, DOT], ids=["sum", "dot"])
+@pytest.mark.parametrize("launch", [SUM, DOT, HELD], ids=["sum", "dot", "held"])
 @pytest.mark.parametrize("splits", [2, 8])
 def test_a_workspace_is_used_again(launch, splits, make_case, assert_close):
     """Rows of one piece, of some and of all; the counters are zero after each launch."""
@@ -185,7 +190,7 @@ def test_splits_follow_the_length(make_case):
     assert used == [False] * 4 + [True] * 2 + [False] * 2 + [True] * 3 + [False] + [True] * 4
 
 
-@pytest.mark.parametrize("launch", [SUM, DOT, split(SUM, 4)], ids=["sum", "dot", "sum4"])
+@pytest.mark.parametrize("launch", [SUM, DOT, HELD, split(SUM, 4)], ids=["sum", "dot", "held", "sum4"])
 def test_large_scores_do_not_overflow(launch, make_case, assert_close):
     case = make_case([150], 2, 1, 16, 16, torch.float32)
     case.q_weight *= 300
@@ -237,8 +242,10 @@ def test_wrong_arguments(make_case):
         ({"block_n": 48}, "block_n must be a power of two"),
         ({"splits": 64}, "at most 32"),
         ({"piece": 100}, "multiple of block_n"),
-        ({"piece": 128}, "without dot, piece must be block_n"),
+        ({"piece": 128}, "piece must be block_n, 64, not 128"),
         ({"dot": True, "heads": 1}, "for launches without dot"),
+        ({"fragments": 1}, "fragments must be 1 or 2, and dot true"),
+        ({"dot": True, "fragments": 1, "num_warps": 8}, "16 keys for each of 8 warps, not 64"),
         ({"dot": True, "ahead": 48}, "ahead must be a power of two or 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -247,8 +254,9 @@ def test_wrong_arguments(make_case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "launch", [replace(SUM, splits=8, heads=1, registers=128), replace(DOT, splits=4, ahead=128), DOT],
-    ids=["sum8", "dot4", "dot"],
+    "launch",
+    [replace(SUM, splits=8, heads=1, registers=128), replace(DOT, splits=4, ahead=128), DOT, replace(HELD, splits=4)],
+    ids=["sum8", "dot4", "dot", "held4"],
 )  # fmt: skip
 def test_dependent_launches_of_a_graph(launch, make_case, device, monkeypatch):
     """Launches that share a workspace, two and two with nothing between: replays equal ordinary ones, bit for bit."""
