@@ -18,8 +18,11 @@ from kernels.decode_linear import decode_linear
 from kernels.embed_rows import embed_rows
 from kernels.paged_attention import FUSION as _PAGED_ATTENTION
 from kernels.paged_attention import paged_attention
+from kernels.prefill_attention import FUSION as _PREFILL_ATTENTION
+from kernels.prefill_attention import prefill_attention
 from kernels.qk_norm_rope_cache import FUSION as _QK_NORM_ROPE_CACHE
 from kernels.qk_norm_rope_cache import qk_norm_rope_cache
+from kernels.rms_norm import rms_norm
 from kernels.rms_norm_gate_up import FUSION as _RMS_NORM_GATE_UP_SILU
 from kernels.rms_norm_gate_up import rms_norm_gate_up_silu
 from kernels.rms_norm_linear import FUSION as _RMS_NORM_LINEAR
@@ -44,6 +47,7 @@ FUSIONS: dict[str, Fusion] = {
         _DECODE_LINEAR,
         _DECODE_HEAD,
         _DECODE_ATTENTION,
+        _PREFILL_ATTENTION,
     )
 }
 
@@ -59,7 +63,9 @@ __all__ = [
     "decode_linear",
     "embed_rows",
     "paged_attention",
+    "prefill_attention",
     "qk_norm_rope_cache",
+    "rms_norm",
     "rms_norm_gate_up_silu",
     "rms_norm_linear",
     "runs_triton",

@@ -34,6 +34,15 @@ def wait_for_previous(DEPENDENT: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def ask_into_l2(pointers, BYTES: tl.constexpr):
+    """Start bringing BYTES (a multiple of 16) at each pointer into the L2; nothing waits for them. From sm_90 on."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+        [pointers.to(tl.int64), tl.full(pointers.shape, BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @lru_cache
 def can_depend(device: torch.device) -> bool:
     """Whether kernels on `device` can be launched so: compute capability 9.0 on, and not in the interpreter."""

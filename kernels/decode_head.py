@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float, check_like
-from kernels._dependent import can_depend, let_next_start, wait_for_previous
+from kernels._dependent import ask_into_l2, can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.choices import chosen
-from kernels.decode_linear import ask_into_l2
 from kernels.rms_norm_linear import rms_norm
 from kernels.sample import TILE
 

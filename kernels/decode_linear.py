@@ -12,24 +12,23 @@ rms(x) = sqrt(mean(x^2) + eps). Sums are kept in float32; a residual sum is roun
 Fused: norm before, bias, SiLU * mul or the residual add after. Saved: the normalised rows' write and read
 (2 * rows * K elements), gate's and up's (2 * rows * N), with a residual the product's (2 * rows * N).
 
-W is read once and nothing else is large, so the time is W's bytes over the bandwidth if loads never pause. Launched
-dependently, a program asks for its weights before it waits for the kernel before, whose tail and hand-over then cost
-nothing. Three kernels:
+For few rows W is read once and nothing else is large, so the time is W's bytes over the bandwidth if loads never
+pause. Launched dependently, a program asks for its weights before it waits for the kernel before, whose tail and
+hand-over then cost nothing. Three kernels:
 
 - vector, for a row or a few: a program holds whole rows of W in registers, so that all their bytes are under way
   before the wait. What is left after it is the load of x and a short sum.
 - matrix, for 2 to about 64 rows: the same on tensor cores. A program's warps share the sum over K; each holds its
   part of W in registers, in the very places in which the instruction takes it, because the columns of W and x are
   counted in the order in which a thread's 16 bytes come.
-- tiled, for about 8 to 128 rows: W x^T on tensor cores, the long side of the instruction along W. The program's part of
-  W is asked into the L2 before the wait and streams from there through a pipelined loop after it. Few columns
-  give few programs; several may share the sum over K, the last to arrive adding the parts in a fixed order.
+- tiled, for about 8 to 256 rows (kernels/decode_linear_tiled.py): as products of matrices are usually made. A norm
+  stands before it, in a kernel of its own or half in the product before (`decode_linear_half_norm`): multiplied into x
+  in every program, it costs more than it saves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,10 +41,9 @@ from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.choices import chosen
-from kernels.rms_norm_linear import rms_norm
-
-MAX_COUNTERS = 8192
-"""Tiles whose sum over K may be shared among programs in one launch."""
+from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values
+from kernels.rms_norm import rms_norm
+from kernels.rms_norm_linear import rms_norm as rms_norm_wide
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Launch:
     kernel: "vector", "matrix" or "tiled"
     block_n, block_k: rows and columns of W that are one tile; a vector or matrix program holds all of its rows' tiles
     block_m: rows of x per program (tiled), or per pass over the W that it holds (matrix)
-    split_k: programs that share one sum over K (tiled, without norm and gate)
-    ahead: ask for the program's part of W before the wait (tiled; needs dependent launches)
+    split_k: programs that share one sum over K (tiled)
+    ahead: load the program's part of W, or ask for it, before the wait (tiled)
     registers: the most that a thread may use. Where a number is named, the compiler asks for all of x at once instead
         of piece by piece, which would save registers. 0: the compiler's choice
     """
@@ -73,7 +71,7 @@ class Launch:
 
 
 def reference(
-    x: Tensor,
+    x: Tensor | HalfNormed,
     weight: Tensor,
     *,
     norm_weight: Tensor | None = None,
@@ -83,28 +81,25 @@ def reference(
     gated: bool = False,
 ) -> Tensor:
     """The same in plain PyTorch, computed in float32."""
-    value = x.float() if norm_weight is None else rms_norm(x, norm_weight, eps)
+    if isinstance(x, HalfNormed):
+        dtype = x.rows.dtype
+        value = x.rows.float() * torch.rsqrt(x.squares.sum(0) / x.rows.shape[1] + eps)[:, None]
+    else:
+        dtype = x.dtype
+        value = x.float() if norm_weight is None else rms_norm_wide(x, norm_weight, eps)
     y = F.linear(value, weight.float(), None if bias is None else bias.float())
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
     if residual is None:
-        return y.to(x.dtype)
-    return residual.copy_((residual.float() + y).to(x.dtype))
+        return y.to(dtype)
+    return residual.copy_((residual.float() + y).to(dtype))
 
 
-@triton.jit
-def ask_into_l2(pointers, BYTES: tl.constexpr):
-    """Start bringing BYTES (a multiple of 16) at each pointer into the L2; nothing waits for them. From sm_90 on."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-        [pointers.to(tl.int64), tl.full(pointers.shape, BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _silu_mul(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
+def half_norm_reference(stream: Tensor, norm_weight: Tensor) -> HalfNormed:
+    """`stream` [rows, K] on its way through the norm of `norm_weight`, in plain PyTorch."""
+    wide = stream.float()
+    return HalfNormed((wide * norm_weight.float()).to(stream.dtype), wide.square().sum(1)[None, :])
 
 
 @triton.jit
@@ -185,7 +180,7 @@ def decode_linear_vector_kernel(
             if GATED:
                 result_up += tl.load(bias + out + w_column).to(tl.float32)
         if GATED:
-            result = _silu_mul(result, result_up)
+            result = silu_mul_values(result, result_up)
         if RESIDUAL:
             result += before
         tl.store(y + offset, result.to(y.dtype.element_ty), mask=stored)
@@ -349,118 +344,8 @@ def decode_linear_matrix_kernel(
             if GATED:
                 result_up += b_up
         if GATED:
-            result = _silu_mul(result, result_up)
+            result = silu_mul_values(result, result_up)
         if RESIDUAL and not START:
-            result += tl.load(y + offset, mask=stored, other=0.0).to(tl.float32)
-        tl.store(y + offset, result.to(y.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def _ask_for_tile(weight, w_column, first, K: tl.constexpr, PART: tl.constexpr, PIECES: tl.constexpr):
-    """Ask for PART columns from `first` on of the rows `w_column` of W, in PIECES requests per row."""
-    piece = tl.arange(0, PIECES) * (PART // PIECES)
-    ask_into_l2(
-        weight + w_column[:, None] * K + first + piece[None, :], PART // PIECES * weight.dtype.element_ty.itemsize
-    )
-
-
-@triton.jit(do_not_specialize=["rows"])
-def decode_linear_tiled_kernel(
-    x, norm_weight, weight, bias, y, parts, counters, rows, out, eps,
-    K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SCALE_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    PIECES: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """A tile of BLOCK_M rows and BLOCK_N columns of y, or one of SPLIT_K parts of its sum over K."""
-    let_next_start(DEPENDENT)
-    # Programs that run at the same time share columns of W: row blocks come first.
-    row_blocks = tl.cdiv(rows, BLOCK_M)
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    column = tile // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_column = tl.minimum(column, out - 1).to(tl.int64)
-    row = tile % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_row = tl.minimum(row, rows - 1).to(tl.int64)
-    PART: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
-    EVEN: tl.constexpr = PART * SPLIT_K == K
-    first = split * PART
-    if PIECES > 0:
-        _ask_for_tile(weight, w_column, first, K, PART, PIECES)
-        if GATED:
-            _ask_for_tile(weight, w_column + out, first, K, PART, PIECES)
-    # Not in the loop: its loads are moved ahead of it, and some of them depend on the kernel before.
-    wait_for_previous(DEPENDENT)
-
-    k0 = first + tl.arange(0, BLOCK_K)
-    x_tile = x + x_row[:, None] * K + k0[None, :]
-    w_tile = weight + w_column[:, None] * K + k0[None, :]
-    up_tile = weight + (w_column + out)[:, None] * K + k0[None, :]
-    square = tl.zeros([BLOCK_M], tl.float32)
-    scale = tl.zeros([BLOCK_M], tl.float32)
-    if SCALE_FIRST:
-        for start in range(0, K, BLOCK_K):
-            value = tl.load(x_tile + start, mask=(k0 + start < K)[None, :], other=0.0).to(tl.float32)
-            square += tl.sum(value * value, axis=1)
-        scale = tl.rsqrt(square / K + eps)
-
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    total_up = total
-    for start in range(0, PART, BLOCK_K):
-        if EVEN:
-            w = tl.load(w_tile + start, eviction_policy="evict_first")
-            a = tl.load(x_tile + start)
-        else:
-            inside = (k0 + start < K)[None, :]
-            w = tl.load(w_tile + start, mask=inside, other=0.0, eviction_policy="evict_first")
-            a = tl.load(x_tile + start, mask=inside, other=0.0)
-        if norm_weight is not None:
-            value = a.to(tl.float32)
-            if SCALE_FIRST:
-                value = value * scale[:, None]
-            else:
-                square += tl.sum(value * value, axis=1)
-            gamma = tl.load(norm_weight + k0 + start, mask=k0 + start < K, other=0.0).to(tl.float32)
-            a = (value * gamma[None, :]).to(w.dtype)
-        total = dot(w, tl.trans(a), total)
-        if GATED:
-            if EVEN:
-                w = tl.load(up_tile + start, eviction_policy="evict_first")
-            else:
-                w = tl.load(up_tile + start, mask=inside, other=0.0)
-            total_up = dot(w, tl.trans(a), total_up)
-
-    last = True
-    if SPLIT_K > 1:
-        # Every program writes its part, then counts itself; the count of the one that comes last tells it that all
-        # parts are written. The barrier puts this program's stores before its count, the count's acquire puts the
-        # others' before the reads below, which go past the L1. The count is zero again for the next launch.
-        size = tl.num_programs(0).to(tl.int64) * BLOCK_N * BLOCK_M
-        place = parts + tile.to(tl.int64) * BLOCK_N * BLOCK_M
-        place = place + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(place + split * size, total)
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K - 1
-        if last:
-            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for other in range(SPLIT_K):
-                total += tl.load(place + other * size, cache_modifier=".cg")
-            tl.store(counters + tile, 0)
-    if last:
-        result = tl.trans(total)
-        result_up = tl.trans(total_up)
-        if norm_weight is not None and not SCALE_FIRST:
-            scale = tl.rsqrt(square / K + eps)
-            result = result * scale[:, None]
-            result_up = result_up * scale[:, None]
-        if bias is not None:
-            result += tl.load(bias + w_column).to(tl.float32)[None, :]
-            if GATED:
-                result_up += tl.load(bias + out + w_column).to(tl.float32)[None, :]
-        if GATED:
-            result = _silu_mul(result, result_up)
-        offset = row[:, None].to(tl.int64) * out + column[None, :]
-        stored = (row < rows)[:, None] & (column < out)[None, :]
-        if RESIDUAL:
             result += tl.load(y + offset, mask=stored, other=0.0).to(tl.float32)
         tl.store(y + offset, result.to(y.dtype.element_ty), mask=stored)
 
@@ -552,17 +437,22 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@lru_cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros that shared sums count in and leave as zeros; launches that share a device must not overlap in time."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("decode_linear with split_k must run once before it is captured in a graph.")
-    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+def best_is_tiled(rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device) -> bool:
+    """Whether the product is best made by the tiled kernel, which can take and leave rows that are half normed."""
+    launch = best_launch(rows, out, k, gated, element_bytes, device)
+    return launch is not None and launch.kernel == "tiled"
 
 
 def _check(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, gated: bool
-) -> None:
+    x: Tensor | HalfNormed, weight: Tensor, norm_weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    gated: bool,
+) -> Tensor:  # fmt: skip
+    """The rows themselves."""
+    if isinstance(x, HalfNormed):
+        check_like("squares", x.squares, (x.squares.shape[0], x.rows.shape[0]), x.rows, torch.float32)
+        if norm_weight is not None:
+            raise ValueError("rows that are half normed take no other norm_weight.")
+        x = x.rows
     check_float("x", x, 2)
     rows, k = x.shape
     if k == 0:
@@ -579,10 +469,11 @@ def _check(
         check_like("bias", bias, (n,), x)
     if residual is not None:
         check_like("residual", residual, (rows, n // 2 if gated else n), x)
+    return x
 
 
 def decode_linear(
-    x: Tensor,
+    x: Tensor | HalfNormed,
     weight: Tensor,
     *,
     norm_weight: Tensor | None = None,
@@ -596,28 +487,32 @@ def decode_linear(
     """A decode step's linear layer with what stands before and after it; shapes as in this module's docstring.
 
     Returns y, or `residual` itself, to which the product was added. `residual` must not share memory with x.
+    A half-normed x brings its norm's weight in it; `eps` is wanted still, and the kernel is the tiled one.
     `dependent`: launch dependently where the GPU can (kernels/_dependent.py); results are the same. `launch` overrides
     the measured choice for this GPU and the default. ValueError if the arguments do not fit.
     """
-    _check(x, weight, norm_weight, bias, residual, gated)
-    if not runs_triton(x):
+    given = _check(x, weight, norm_weight, bias, residual, gated)
+    if not runs_triton(given):
         return reference(x, weight, norm_weight=norm_weight, eps=eps, bias=bias, residual=residual, gated=gated)
-    rows, k = x.shape
+    rows, k = given.shape
     out = weight.shape[0] // 2 if gated else weight.shape[0]
-    y = torch.empty((rows, out), dtype=x.dtype, device=x.device) if residual is None else residual
+    y = torch.empty((rows, out), dtype=given.dtype, device=given.device) if residual is None else residual
     if rows == 0 or out == 0:
         return y
-    shape = (rows, out, k, gated, x.element_size())
-    if launch is None:
-        launch = best_launch(*shape, x.device)
-        # The key of a choice does not tell of a norm: another model's projection may have the shape of an o_proj.
-        if launch is None or (launch.split_k > 1 and (norm_weight is not None or gated)):
-            launch = default_launch(*shape)
-    # In float16 gamma * x may overflow before 1/rms brings it back, so the scale goes in first; matrix cannot do that.
-    scale_first = norm_weight is not None and x.dtype == torch.float16
-    if launch.kernel == "matrix" and scale_first:
+    shape = (rows, out, k, gated, given.element_size())
+    launch = launch or best_launch(*shape, given.device) or default_launch(*shape)
+    # In float16 gamma * x may overflow before 1/rms brings it back: matrix cannot put the scale first.
+    if launch.kernel == "matrix" and norm_weight is not None and given.dtype == torch.float16:
         launch = _tiled_launch(*shape)
-    dependent = dependent and can_depend(x.device)
+    dependent = dependent and can_depend(given.device)
+    if launch.kernel == "tiled" or isinstance(x, HalfNormed):
+        if norm_weight is not None:
+            x = rms_norm(given, norm_weight, eps, dependent=dependent)
+        run_tiled(
+            x, weight, y, eps=eps, bias=bias, residual=residual is not None, gated=gated, dependent=dependent,
+            launch=launch if launch.kernel == "tiled" else _tiled_launch(*shape),
+        )  # fmt: skip
+        return y
     options: dict[str, Any] = {"num_warps": launch.num_warps}
     if dependent:
         options["launch_pdl"] = True
@@ -625,48 +520,53 @@ def decode_linear(
         options["maxnreg"] = launch.registers
     if launch.kernel == "vector":
         decode_linear_vector_kernel[(-(-out // launch.block_n),)](
-            x, norm_weight, weight, bias, y, rows, out, eps,
+            given, norm_weight, weight, bias, y, rows, out, eps,
             K=k, GATED=gated, RESIDUAL=residual is not None, ROWS=_power_of_two(rows), BLOCK_N=launch.block_n,
             BLOCK_K=launch.block_k, DEPENDENT=dependent, **options,
         )  # fmt: skip
         return y
-    if launch.kernel == "matrix":
-        blocks = -(-rows // launch.block_m)
-        passes = min(MATRIX_PASSES, _power_of_two(blocks))
-        decode_linear_matrix_kernel[(-(-out // launch.block_n), -(-blocks // passes))](
-            x, norm_weight, weight, bias, y, rows, out, eps,
-            K=k, GATED=gated, RESIDUAL=residual is not None, PASSES=passes, BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, WARPS=launch.num_warps,
-            DEPENDENT=dependent, **options,
-        )  # fmt: skip
-        return y
-    split_k = launch.split_k
-    tiles = -(-out // launch.block_n) * -(-rows // launch.block_m)
-    if split_k > 1 and (norm_weight is not None or gated or tiles > MAX_COUNTERS):
-        raise ValueError(f"split_k takes no norm, no gate and at most {MAX_COUNTERS} tiles.")
-    parts = counters = None
-    if split_k > 1:
-        shape_of_parts = (split_k, tiles, launch.block_n, launch.block_m)
-        parts = torch.empty(shape_of_parts, dtype=torch.float32, device=x.device)
-        counters = _counters(x.device)
-    decode_linear_tiled_kernel[(tiles, split_k)](
-        x, norm_weight, weight, bias, y, parts, counters, rows, out, eps,
-        K=k, GATED=gated, RESIDUAL=residual is not None,
-        SCALE_FIRST=scale_first,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT_K=split_k,
-        PIECES=_pieces(k, launch, x.element_size()) if dependent and launch.ahead else 0, DEPENDENT=dependent,
-        num_stages=launch.num_stages, **options,
+    blocks = -(-rows // launch.block_m)
+    passes = min(MATRIX_PASSES, _power_of_two(blocks))
+    decode_linear_matrix_kernel[(-(-out // launch.block_n), -(-blocks // passes))](
+        given, norm_weight, weight, bias, y, rows, out, eps,
+        K=k, GATED=gated, RESIDUAL=residual is not None, PASSES=passes, BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, WARPS=launch.num_warps,
+        DEPENDENT=dependent, **options,
     )  # fmt: skip
     return y
 
 
-def _pieces(k: int, launch: Launch, element_bytes: int) -> int:
-    """In how many requests a program asks for its part of one row of W; 0 if it cannot be cut into 16 bytes each."""
-    part_bytes = k // launch.split_k * element_bytes
-    if k % (launch.split_k * launch.block_k):
-        return 0
-    wanted = max(1, launch.num_warps * 32 // launch.block_n)
-    return next((pieces for pieces in (wanted, 4, 2, 1) if pieces <= wanted and part_bytes % (16 * pieces) == 0), 0)
+def decode_linear_half_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    next_norm_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dependent: bool = False,
+    launch: Launch | None = None,
+) -> HalfNormed:
+    """`decode_linear` into the residual stream, which also brings the stream half through the norm that comes next.
+
+    `residual` is changed in place; what is returned is the next product's x. By the tiled kernel. Not in float16, where
+    gamma * stream may overflow. ValueError if the arguments do not fit.
+    """
+    _check(x, weight, None, bias, residual, False)
+    check_like("next_norm_weight", next_norm_weight, (weight.shape[0],), x)
+    if x.dtype == torch.float16:
+        raise ValueError("half a norm takes no float16, in which gamma * stream may overflow.")
+    if not runs_triton(x):
+        return half_norm_reference(reference(x, weight, bias=bias, residual=residual), next_norm_weight)
+    rows, k = x.shape
+    shape = (rows, weight.shape[0], k, False, x.element_size())
+    launch = launch or best_launch(*shape, x.device)
+    left = run_tiled(
+        x, weight, residual, eps=0.0, bias=bias, residual=True, gated=False,
+        dependent=dependent and can_depend(x.device), next_norm_weight=next_norm_weight,
+        launch=launch if launch is not None and launch.kernel == "tiled" else _tiled_launch(*shape),
+    )  # fmt: skip
+    assert left is not None
+    return left
 
 
 def saved_bytes(

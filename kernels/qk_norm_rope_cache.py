@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from kernels._checks import check_integers, check_like, check_qkv
+from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 
-HEADS_PER_PROGRAM = ((64, 2), (1024, 4), (1 << 62, 8))
-"""(up to so many tokens, heads of one program): few tokens need many small programs to fill the GPU."""
+LAUNCHES = ((64, 2, 1), (1024, 4, 1), (1 << 62, 8, 2))
+"""(up to so many tokens, heads of one program, its warps): few tokens need many small programs to fill the GPU."""
 
 
 def reference(
@@ -58,38 +59,42 @@ def reference(
 def qk_norm_rope_cache_kernel(
     qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One token, BLOCK_H of its query, key and value heads."""
+    """One token, BLOCK_H of its query, key and value heads; programs go through memory in its order."""
+    let_next_start(DEPENDENT)
     HALF: tl.constexpr = HEAD_DIM // 2
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_blocks: tl.constexpr = (ALL + BLOCK_H - 1) // BLOCK_H
+    token = (tl.program_id(0) // head_blocks).to(tl.int64)
+    head = tl.program_id(0) % head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
     d = tl.arange(0, BLOCK_HALF)
     in_half = d < HALF
     is_q = (head < HEADS)[:, None] & in_half[None, :]
     is_k = ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None] & in_half[None, :]
     is_v = ((head >= HEADS + KV_HEADS) & (head < ALL))[:, None] & in_half[None, :]
-
-    source = qkv + token * (ALL * HEAD_DIM) + head[:, None] * HEAD_DIM + d[None, :]
     mask = is_q | is_k | is_v
+    # Positions, slots, gammas and the rotary table: no kernel of a step writes them. All tiles have the heads' shape,
+    # so that each thread loads what it needs of them and nothing moves between threads.
+    angles = tl.zeros_like(head)[:, None] + tl.load(positions + token).to(tl.int32) * HEAD_DIM + d[None, :]
+    cos = tl.load(cos_sin + angles, mask=mask, other=0.0)
+    sin = tl.load(cos_sin + angles + HALF, mask=mask, other=0.0)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    if q_weight is not None:
+        gamma = tl.where(head < HEADS, q_weight, k_weight)[:, None] + d[None, :]
+        gamma_a = tl.load(gamma, mask=mask, other=0.0).to(tl.float32)
+        gamma_b = tl.load(gamma + HALF, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(DEPENDENT)
+    source = qkv + token * (ALL * HEAD_DIM) + head[:, None] * HEAD_DIM + d[None, :]
     raw_a = tl.load(source, mask=mask, other=0.0)
     raw_b = tl.load(source + HALF, mask=mask, other=0.0)
     a = raw_a.to(tl.float32)
     b = raw_b.to(tl.float32)
     if q_weight is not None:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / HEAD_DIM + eps)
-        q_gamma_a = tl.load(q_weight + d, mask=in_half, other=0.0).to(tl.float32)
-        q_gamma_b = tl.load(q_weight + HALF + d, mask=in_half, other=0.0).to(tl.float32)
-        k_gamma_a = tl.load(k_weight + d, mask=in_half, other=0.0).to(tl.float32)
-        k_gamma_b = tl.load(k_weight + HALF + d, mask=in_half, other=0.0).to(tl.float32)
-        a = a * scale[:, None] * tl.where(is_q, q_gamma_a[None, :], k_gamma_a[None, :])
-        b = b * scale[:, None] * tl.where(is_q, q_gamma_b[None, :], k_gamma_b[None, :])
-
-    angles = cos_sin + tl.load(positions + token).to(tl.int64) * HEAD_DIM + d
-    cos = tl.load(angles, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(angles + HALF, mask=in_half, other=0.0)[None, :]
+        a = a * scale[:, None] * gamma_a
+        b = b * scale[:, None] * gamma_b
     rotated_a = (a * cos - b * sin).to(raw_a.dtype)
     rotated_b = (b * cos + a * sin).to(raw_a.dtype)
 
@@ -101,7 +106,6 @@ def qk_norm_rope_cache_kernel(
         to_k = k_out + token * (KV_HEADS * HEAD_DIM) + inside
         tl.store(to_k, rotated_a, mask=is_k)
         tl.store(to_k + HALF, rotated_b, mask=is_k)
-    slot = tl.load(slot_mapping + token).to(tl.int64)
     written = (kv_head < tl.where(slot >= 0, KV_HEADS, 0))[:, None]
     cached = slot * (KV_HEADS * HEAD_DIM) + inside
     tl.store(k_cache + cached, rotated_a, mask=is_k & written)
@@ -126,12 +130,15 @@ def _check(
 def qk_norm_rope_cache(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
     slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
-    eps: float, return_kv: bool = False,
+    eps: float, return_kv: bool = False, dependent: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Norm and rotate q and k, write k and v to their cache slots; shapes as in this module's docstring.
 
     Returns q, or (q, k [tokens, kv_heads, head_dim], v, a view into qkv) with `return_kv`. Positions and slots are
     not checked against their tables (they lie on the device). ValueError if the other arguments do not fit.
+
+    `dependent`: start while the kernel before it in the stream still runs, where the GPU can; it is waited for, but
+    positions, slots and the table must have been written before it started.
     """
     _check(
         qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads, head_dim
@@ -146,11 +153,13 @@ def qk_norm_rope_cache(
     k = torch.empty((tokens, num_kv_heads, head_dim), dtype=qkv.dtype, device=qkv.device) if return_kv else None
     if tokens > 0:
         heads = num_heads + 2 * num_kv_heads
-        block_h = next(block for limit, block in HEADS_PER_PROGRAM if tokens <= limit)
-        qk_norm_rope_cache_kernel[(tokens, -(-heads // block_h))](
+        block_h, warps = next((block, warps) for limit, block, warps in LAUNCHES if tokens <= limit)
+        depends = dependent and can_depend(qkv.device)
+        qk_norm_rope_cache_kernel[(tokens * -(-heads // block_h),)](
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, eps,
             HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-            BLOCK_H=block_h, BLOCK_HALF=1 << (head_dim // 2 - 1).bit_length(), num_warps=1 if block_h < 8 else 2,
+            BLOCK_H=block_h, BLOCK_HALF=1 << (head_dim // 2 - 1).bit_length(), DEPENDENT=depends, num_warps=warps,
+            **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     if k is None:
         return q

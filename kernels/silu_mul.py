@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float
+from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 
 BLOCK = 1024
-"""Columns per program: 8 elements per thread of 4 warps."""
+WARPS = 2
+"""Of a program, which takes BLOCK columns: two 16-byte loads per thread of gate and up each."""
 
 
 def reference(gate_up: Tensor) -> Tensor:
@@ -27,19 +29,25 @@ def reference(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, y, inter, BLOCK: tl.constexpr):
-    """One row and BLOCK of its columns."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def silu_mul_kernel(gate_up, y, inter, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """One row and BLOCK of its columns; programs that run at the same time go through memory in its order."""
+    let_next_start(DEPENDENT)
+    blocks = tl.cdiv(inter, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = column < inter
+    wait_for_previous(DEPENDENT)
     gate = tl.load(gate_up + row * 2 * inter + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * inter + column, mask=mask, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(y + row * inter + column, value.to(y.dtype.element_ty), mask=mask)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate_up[:, :inter]) * gate_up[:, inter:]; ValueError if `gate_up` is not a contiguous float matrix."""
+def silu_mul(gate_up: Tensor, dependent: bool = False) -> Tensor:
+    """silu(gate_up[:, :inter]) * gate_up[:, inter:]; ValueError if `gate_up` is not a contiguous float matrix.
+
+    `dependent`: start while the kernel before it in the stream still runs, where the GPU can; it is waited for.
+    """
     check_float("gate_up", gate_up, 2)
     rows, columns = gate_up.shape
     if columns % 2:
@@ -49,7 +57,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     inter = columns // 2
     y = torch.empty((rows, inter), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel() > 0:
-        silu_mul_kernel[(rows, -(-inter // BLOCK))](gate_up, y, inter, BLOCK=BLOCK, num_warps=4)
+        depends = dependent and can_depend(gate_up.device)
+        silu_mul_kernel[(rows * -(-inter // BLOCK),)](
+            gate_up, y, inter, BLOCK=BLOCK, DEPENDENT=depends, num_warps=WARPS,
+            **({"launch_pdl": True} if depends else {}),
+        )  # fmt: skip
     return y
 
 

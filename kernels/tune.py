@@ -5,9 +5,10 @@
 
 Each candidate is checked against the reference (its output poisoned with NaN before) and timed as a captured graph of
 dependent launches over as many weight matrices as the model has layers, so that the L2 does not hold them: the
-median of some replays. cuBLAS with separate norm and activation, and rms_norm_linear where it fits, run beside them in
-the same way; where cuBLAS wins, the choice says so. For few rows the best are then tried together, in the chain of all
-layers and the head, because a kernel's neighbours share the multiprocessors with it.
+median of some replays. cuBLAS with separate norm and activation runs beside them in the same way; where it wins, the
+choice says so. The tiled kernel takes its norm half made from the product before, so such pairs are chosen together.
+The best are then tried in the chain of all layers and, for few rows, the head, because a kernel's neighbours share the
+multiprocessors with it.
 
 Attention is timed after the projection before it, whose time is taken off again, at short and at long contexts: one
 launch serves all lengths, and the best is that of the least product of both times.
@@ -36,8 +37,7 @@ from kernels import (
     decode_attention,
     decode_head,
     decode_linear,
-    rms_norm_gate_up_silu,
-    rms_norm_linear,
+    rms_norm,
     silu_mul,
     tile_stats,
 )
@@ -52,7 +52,17 @@ from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import default_launch as default_head
 from kernels.decode_head import reference as head_reference
 from kernels.decode_head import shape_key as head_key
-from kernels.decode_linear import MATRIX_PASSES, Launch, default_launch, matrix_candidates, reference, shape_key
+from kernels.decode_linear import (
+    MATRIX_PASSES,
+    Launch,
+    decode_linear_half_norm,
+    default_launch,
+    half_norm_reference,
+    matrix_candidates,
+    reference,
+    shape_key,
+)
+from kernels.decode_linear_tiled import HalfNormed
 from kernels.sample import TILE
 
 EPS = 1e-6
@@ -65,8 +75,12 @@ MAX_CONTEXT = 4096
 ATTENTION_TRIES = 8
 """How many of the fastest at short contexts are timed at long ones."""
 MATRIX_ROWS = 64
-CHAIN_ROWS = 16
-"""Up to here the choices are tried together, in the whole chain."""
+TILED_ROWS = 8
+"""From here on the tiled kernel is tried, with norms in halves."""
+HALF_COLUMNS = 64
+"""Over so many columns each, the sums of squares are taken that come with half-normed rows here."""
+PAIRS = (("o", "gate_up"), ("down", "qkv"))
+"""Products with a norm between them, of which the tiled kernel can make half in the first, half in the second."""
 WORKERS = 14
 TOLERANCE = 1e-2
 HEAD_TOLERANCE = 5e-2
@@ -132,7 +146,7 @@ def candidates(op: Op, rows: int, quick: bool) -> list[Launch]:
         found += _vector_candidates(op)
     if rows <= MATRIX_ROWS:
         found += matrix_candidates(rows, op.out, op.k, op.gated, 2)
-    if rows >= 4:
+    if rows >= TILED_ROWS:
         found += _tiled_candidates(op, rows, quick)
     return list(dict.fromkeys(found))
 
@@ -149,18 +163,31 @@ def _vector_candidates(op: Op) -> Iterable[Launch]:
 
 
 def _tiled_candidates(op: Op, rows: int, quick: bool) -> Iterable[Launch]:
-    """Tiles of every height, with about 48 and about 128 KiB of loads under way, the sum over K in 1 to 4 parts."""
-    block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
-    splits = (1,) if op.norm else (1, 2, 4)
-    for block_n in (16, 32, 64, 128):
-        for block_k in (128,) if quick else (64, 128, 256):
-            stage = (block_n * (2 if op.gated else 1) + block_m) * block_k * 2
-            for shared_bytes in (96 << 10,) if quick else (48 << 10, 128 << 10):
-                num_stages = min(7, shared_bytes // stage)
-                for split_k in splits:
-                    programs = -(-op.out // block_n) * -(-rows // block_m) * split_k
-                    if num_stages >= 2 and 32 <= programs <= 1024 and op.k // split_k >= 2 * block_k:
-                        warps = 8 if block_n * block_m >= 128 * 128 else 4
+    """Tiles of W of 32 to 128 rows for 64 to 400 programs: their W held, or few and many loads under way in a loop."""
+    padded = max(16, 1 << (rows - 1).bit_length())
+    for block_m in {min(64, padded), min(128, padded)}:
+        for tile_n in (32, 64, 128):
+            block_n = tile_n // 2 if op.gated else tile_n
+            tiles = -(-op.out // block_n) * -(-rows // block_m)
+            warps = 8 if tile_n * block_m > 64 * 64 else 4
+            for split_k in (1, 2, 4, 6, 8, 12, 16):
+                part = op.k // split_k
+                if op.k % split_k or not 64 <= tiles * split_k <= 400:
+                    continue
+                if part in (128, 256, 512) and (tile_n + block_m) * part * 2 <= 160 << 10:
+                    # A thread's registers hold W's part, then x's, and in the end the sums' tiles of all parts.
+                    held = max(tile_n, block_m) * part // 64
+                    held_warps = max(4, min(8, held // 64))
+                    if split_k == 1 or split_k * tile_n * block_m < 512 * 32 * held_warps:
+                        yield Launch("tiled", block_n, part, held_warps, block_m, 1, split_k)
+                block_k = 128 if block_m <= 64 and tile_n <= 64 else 64
+                if split_k > 4 or part % block_k or part < 3 * block_k:
+                    continue
+                stage_bytes = (tile_n + block_m) * block_k * 2
+                # The next kernel's programs start early only if there is room for both.
+                for shared_bytes in (108 << 10,) if quick else (108 << 10, 200 << 10):
+                    num_stages = min(6, part // block_k, shared_bytes // stage_bytes)
+                    if num_stages >= 2:
                         yield Launch("tiled", block_n, block_k, warps, block_m, num_stages, split_k)
 
 
@@ -171,6 +198,13 @@ def head_candidates(quick: bool) -> list[HeadLaunch]:
         for num_warps in (4, 8):
             found += [HeadLaunch(block_k, num_warps, num_stages, ahead) for ahead in ((1,) if quick else (0, 2))]
     return list(dict.fromkeys(found))
+
+
+def half_normed(x: Tensor, gamma: Tensor) -> HalfNormed:
+    """x as a tiled product of HALF_COLUMNS a program leaves it."""
+    half = half_norm_reference(x, gamma)
+    squares = x.float().square().unflatten(1, (-1, min(HALF_COLUMNS, x.shape[1]))).sum(2).T.contiguous()
+    return HalfNormed(half.rows, squares)
 
 
 class Bench:
@@ -188,6 +222,8 @@ class Bench:
         """Fresh x and residual, and what the op makes of them with the first weights."""
         self.x = torch.randn(rows, self.op.k, device=self.device).bfloat16()
         self.stream = torch.randn(rows, self.op.out, device=self.device).bfloat16()
+        self.next_gamma = torch.rand(self.op.out, device=self.device).add_(0.5).bfloat16()
+        self.half = half_normed(self.x, self.gamma)
         kept = self.stream.clone()
         self.expected = reference(self.x, self.weights[0], **self._options(kept))
 
@@ -196,26 +232,34 @@ class Bench:
         gamma = self.gamma if op.norm else None
         return {"norm_weight": gamma, "eps": EPS, "residual": stream if op.residual else None, "gated": op.gated}
 
-    def fused(self, weight: Tensor, launch: Launch, stream: Tensor) -> Tensor:
+    def fused(self, weight: Tensor, launch: Launch, stream: Tensor) -> Tensor | HalfNormed:
+        """The tiled kernel's norms in halves, as in an engine whose other products are tiled too."""
+        if launch.kernel == "tiled" and self.op.residual:
+            return decode_linear_half_norm(self.x, weight, stream, self.next_gamma, dependent=True, launch=launch)
+        if launch.kernel == "tiled" and self.op.norm:
+            return decode_linear(self.half, weight, eps=EPS, gated=self.op.gated, dependent=True, launch=launch)
         return decode_linear(self.x, weight, **self._options(stream), dependent=True, launch=launch)
 
-    def cublas(self, weight: Tensor, stream: Tensor) -> Tensor:
-        x = F.rms_norm(self.x, (self.op.k,), self.gamma, EPS) if self.op.norm else self.x
+    def norm(self, x: Tensor) -> Tensor:
+        """In a kernel of its own."""
+        return rms_norm(x, self.gamma, EPS, dependent=True)
+
+    def cublas(self, x: Tensor, weight: Tensor, stream: Tensor) -> Tensor:
+        """As the engine runs it where this is the choice."""
         if self.op.residual:
             return stream.addmm_(x, weight.T)
-        y = F.linear(x, weight)
-        return silu_mul(y) if self.op.gated else y
-
-    def earlier(self, weight: Tensor) -> Any:
-        """The fused kernels that prefill uses too."""
-        function = rms_norm_gate_up_silu if self.op.gated else rms_norm_linear
-        return function(self.x, self.gamma, weight, EPS)
+        y = F.linear(self.norm(x) if self.op.norm else x, weight)
+        return silu_mul(y, dependent=True) if self.op.gated else y
 
     def error(self, launch: Launch) -> float:
-        """Relative error of a launch; NaN where it left something unwritten."""
+        """Relative error of a launch, in all that it writes; NaN where it left something unwritten."""
         stream = self.stream.clone()
         out = poisoned(lambda: self.fused(self.weights[0], launch, stream))
-        return relative_error(out, self.expected)
+        if not isinstance(out, HalfNormed):
+            return relative_error(out, self.expected)
+        half = half_norm_reference(stream, self.next_gamma)
+        pairs = ((stream, self.expected), (out.rows, half.rows), (out.squares.sum(0), half.squares.sum(0)))
+        return sum(relative_error(ours, theirs) for ours, theirs in pairs)  # max() would lose a NaN
 
     def time_us(self, call: Callable[[Tensor], Any]) -> float:
         """µs per call over all weights in turn."""
@@ -269,22 +313,31 @@ class Found:
     weight_bytes: int
     timed: list[tuple[float, Any]]
     cublas_us: float
-    earlier_us: float | None
+    norm_us: float = 0.0
 
-    def choice(self, launch: Any, us: float) -> dict[str, Any]:
-        """The entry of the table of choices."""
+    def tiled(self) -> list[tuple[float, Any]]:
+        return [(us, launch) for us, launch in self.timed if launch.kernel == "tiled"]
+
+    def alone(self) -> list[tuple[float, Any]]:
+        """Where the neighbour is another kernel, the tiled one wants a norm in front; and cuBLAS, as None."""
+        ours = [(us + (self.norm_us if launch.kernel == "tiled" else 0.0), launch) for us, launch in self.timed]
+        return sorted([*ours, (self.cublas_us, None)], key=lambda pair: pair[0])
+
+    def choice(self, launch: Any) -> dict[str, Any]:
+        """The entry of the table of choices; `launch` None is cuBLAS, beside which our fastest stands."""
+        us = next((us for us, other in self.timed if other == launch), self.timed[0][0])
         beside = {"us": round(us, 2), "cublas_us": round(self.cublas_us, 2)}
-        return {"path": "cublas", **beside} if self.cublas_us < us else {"launch": _brief(launch), **beside}
+        return {"path": "cublas", **beside} if launch is None else {"launch": _brief(launch), **beside}
 
     def line(self) -> str:
         us, launch = self.timed[0]
-        earlier = f"{self.earlier_us:9.2f}" if self.earlier_us is not None else " " * 9
+        norm = f"{self.norm_us:9.2f}" if self.norm_us else " " * 9
         bandwidth = self.weight_bytes / min(us, self.cublas_us) / 1000
         text = " ".join(f"{name}={value}" for name, value in _brief(launch).items())
-        return f"{self.rows:5} {self.op:8} {us:9.2f} {self.cublas_us:9.2f} {earlier} {bandwidth:7.0f}  {text}"
+        return f"{self.rows:5} {self.op:8} {us:9.2f} {self.cublas_us:9.2f} {norm} {bandwidth:7.0f}  {text}"
 
 
-HEADER = " rows op         ours µs cuBLAS µs earlier µs  GB/s  best launch"
+HEADER = " rows op         ours µs cuBLAS µs  norm µs    GB/s  best launch"
 
 
 def _brief(launch: Any) -> dict[str, Any]:
@@ -308,9 +361,9 @@ def time_op(bench: Bench, rows: int, quick: bool, failures: list[str]) -> Found:
             continue
         timed.append((bench.time_us(partial(bench.fused, launch=launch, stream=stream)), launch))
     timed.sort(key=lambda pair: pair[0])
-    earlier = bench.time_us(bench.earlier) if op.norm else None
-    cublas = bench.time_us(partial(bench.cublas, stream=stream))
-    return Found(op.name, rows, shape_key(rows, op.out, op.k, op.gated), op.weight_bytes, timed, cublas, earlier)
+    norm = bench.time_us(lambda _weight: bench.norm(bench.x)) if op.norm else 0.0
+    cublas = bench.time_us(lambda weight: bench.cublas(bench.x, weight, stream))
+    return Found(op.name, rows, shape_key(rows, op.out, op.k, op.gated), op.weight_bytes, timed, cublas, norm)
 
 
 def time_head(bench: HeadBench, rows: int, quick: bool, failures: list[str]) -> Found:
@@ -328,38 +381,58 @@ def time_head(bench: HeadBench, rows: int, quick: bool, failures: list[str]) -> 
         timed.append((bench.time_us(partial(bench.fused, launch)), launch))
     timed.sort(key=lambda pair: pair[0])
     key = head_key(rows, bench.vocab, bench.hidden)
-    return Found("head", rows, key, bench.weight_bytes, timed, bench.time_us(bench.cublas), None)
+    return Found("head", rows, key, bench.weight_bytes, timed, bench.time_us(bench.cublas))
 
 
 class Chain:
-    """The products of all layers and the head as one graph: what a step takes at least, attention left out."""
+    """The products of all layers (and the head) as one graph: what a step takes at least, attention left out."""
 
-    def __init__(self, benches: dict[str, Bench], head: HeadBench, rows: int) -> None:
+    def __init__(self, benches: dict[str, Bench], head: HeadBench | None, rows: int) -> None:
         self.benches, self.head = benches, head
-        new = lambda columns: torch.randn(rows, columns, device=head.device).bfloat16()  # noqa: E731
-        self.hidden, self.attended = new(benches["qkv"].op.k), new(benches["o"].op.k)
-        head.prepare(rows)
+        qkv, o = benches["qkv"], benches["o"]
+        self.hidden, self.attended = (torch.randn(rows, b.op.k, device=b.device).bfloat16() for b in (qkv, o))
+        self.first = half_normed(self.hidden, qkv.gamma)
+        if head:
+            head.prepare(rows)
 
     def calls(self, launches: dict[str, Any], same_layer: bool = False) -> list[Callable[[], Any]]:
         """The step's launches, in order; `same_layer`: the first layer's weights in every layer."""
-        qkv, o, gate_up, down = (self.benches[name] for name in ("qkv", "o", "gate_up", "down"))
+        halves = {second: all(is_tiled(launches[name]) for name in (first, second)) for first, second in PAIRS}
+        carried: list[Tensor | HalfNormed] = [self.first if halves["qkv"] else self.hidden]
 
         def layer(i: int) -> None:
-            self._run(qkv, launches, self.hidden, qkv.weights[i])
-            self._run(o, launches, self.attended, o.weights[i], self.hidden)
-            inter = self._run(gate_up, launches, self.hidden, gate_up.weights[i])
-            self._run(down, launches, inter, down.weights[i], self.hidden)
+            self._run("qkv", launches, carried[0], i)
+            half = self._run("o", launches, self.attended, i, self._gamma("gate_up", halves))
+            inter = self._run("gate_up", launches, half, i)
+            assert isinstance(inter, Tensor)
+            carried[0] = self._run("down", launches, inter, i, self._gamma("qkv", halves))
 
-        layers = [partial(layer, 0 if same_layer else i) for i in range(len(qkv.weights))]
-        return [*layers, partial(self._run_head, launches)]
+        layers = [partial(layer, 0 if same_layer else i) for i in range(len(self.benches["qkv"].weights))]
+        return [*layers, partial(self._run_head, launches)] if self.head else list(layers)
 
-    def _run(self, bench: Bench, launches: dict[str, Any], x: Tensor, weight: Tensor, stream: Any = None) -> Tensor:
+    def _gamma(self, name: str, halves: dict[str, bool]) -> Tensor | None:
+        """Of the norm of which the product before makes half."""
+        return self.benches[name].gamma if halves[name] else None
+
+    def _run(
+        self, name: str, launches: dict[str, Any], x: Tensor | HalfNormed, i: int, next_gamma: Tensor | None = None
+    ) -> Tensor | HalfNormed:
+        bench, launch = self.benches[name], launches[name]
+        weight, stream = bench.weights[i], self.hidden
+        if next_gamma is not None:
+            assert isinstance(x, Tensor)
+            return decode_linear_half_norm(x, weight, stream, next_gamma, dependent=True, launch=launch)
+        if isinstance(x, HalfNormed):
+            return decode_linear(x, weight, eps=EPS, gated=bench.op.gated, dependent=True, launch=launch)
+        if launch is None:
+            return bench.cublas(x, weight, stream)
         return decode_linear(
-            x, weight, norm_weight=bench.gamma if bench.op.norm else None, eps=EPS, residual=stream,
-            gated=bench.op.gated, dependent=True, launch=launches[bench.op.name],
+            x, weight, norm_weight=bench.gamma if bench.op.norm else None, eps=EPS,
+            residual=stream if bench.op.residual else None, gated=bench.op.gated, dependent=True, launch=launch,
         )  # fmt: skip
 
     def _run_head(self, launches: dict[str, Any]) -> None:
+        assert self.head is not None
         self.head.x = self.hidden
         self.head.fused(launches["head"])
 
@@ -368,12 +441,31 @@ class Chain:
         return time_graph_us(self.calls(launches, same_layer))
 
 
-def settle_in_chain(chain: Chain, found: dict[str, Found], tries: int) -> tuple[dict[str, Any], float]:
-    """From each op's own best, take another of its `tries` best wherever the whole chain gets faster by it."""
-    launches = {name: result.timed[0][1] for name, result in found.items()}
+def is_tiled(launch: Any) -> bool:
+    """Whether a product with this launch takes and leaves norms in halves."""
+    return launch is not None and getattr(launch, "kernel", "") == "tiled"
+
+
+def best_pairs(found: dict[str, Found]) -> dict[str, Any]:
+    """The fastest launches by their own times, both tiled or each as it is alone; None for cuBLAS."""
+    launches: dict[str, Any] = {name: result.alone()[0][1] for name, result in found.items() if name != "head"}
+    for first, second in PAIRS:
+        if first in found and second in found and found[first].tiled() and found[second].tiled():
+            (first_us, first_launch), (second_us, second_launch) = found[first].tiled()[0], found[second].tiled()[0]
+            if first_us + second_us < found[first].alone()[0][0] + found[second].alone()[0][0]:
+                launches |= {first: first_launch, second: second_launch}
+    return launches | {name: result.timed[0][1] for name, result in found.items() if name == "head"}
+
+
+def settle_in_chain(
+    chain: Chain, found: dict[str, Found], launches: dict[str, Any], tries: int
+) -> tuple[dict[str, Any], float]:
+    """From `launches`, take another of an op's `tries` best of the same kernel wherever the whole chain gets faster."""
     best = chain.time_us(launches)
     for name, result in found.items():
-        for _, launch in result.timed[1:tries]:
+        for _, launch in result.timed[:tries]:
+            if launch == launches[name] or is_tiled(launch) != is_tiled(launches[name]):
+                continue
             us = chain.time_us({**launches, name: launch})
             if us < best * 0.998:  # not for what the next run may turn around
                 launches, best = {**launches, name: launch}, us
@@ -443,7 +535,7 @@ def _attend_once(model: Any, launch: AttentionLaunch) -> None:
 
 
 def _compiled_for(launch: Launch, rows: int) -> int:
-    """What of the rows a kernel is compiled for: vector for each, matrix for its passes, tiled for nothing."""
+    """What of the rows a kernel is compiled for: vector for each, matrix for its passes, tiled for none."""
     if launch.kernel == "vector":
         return rows
     return min(MATRIX_PASSES, triton.next_power_of_2(-(-rows // launch.block_m))) if launch.kernel == "matrix" else 0
@@ -513,22 +605,20 @@ def main() -> None:
             found["head"] = time_head(head_bench, count, arguments.quick, failures)
         for result in found.values():
             print(result.line(), flush=True)
-        launches: dict[str, Any] = {name: result.timed[0][1] for name, result in found.items()}
-        if len(found) == 5 and count <= CHAIN_ROWS:
-            assert head_bench is not None
-            chain = Chain(benches, head_bench, count)
-            alone_us = chain.time_us(launches)
-            launches, us = settle_in_chain(chain, found, 3 if arguments.quick else 6)
-            same_us = chain.time_us(launches, same_layer=True)
+        launches = best_pairs(found)
+        if len(benches) == 4:
+            chain = Chain(benches, head_bench if "head" in found else None, count)
+            start_us = chain.time_us(launches)
+            settled, us = settle_in_chain(chain, found, launches, 3 if arguments.quick else 6)
             print(
-                f"{count:5} chain: {us / 1000:.3f} ms with {_differences(found, launches)}; each op's best alone "
-                f"{alone_us / 1000:.3f} ms; one layer's weights in all layers {same_us / 1000:.3f} ms",
+                f"{count:5} chain: {us / 1000:.3f} ms with {_differences(launches, settled)}; each op's best alone "
+                f"{start_us / 1000:.3f} ms",
                 flush=True,
             )
+            launches = settled
         for name, result in found.items():
-            us = next(us for us, launch in result.timed if launch == launches[name])
             kernel = "decode_head" if name == "head" else "decode_linear"
-            table[kernel][result.key] = result.choice(launches[name], us)
+            table[kernel][result.key] = result.choice(launches[name])
     for failure in failures:
         print("WRONG", failure)
     facts = {
@@ -542,9 +632,11 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def _differences(found: dict[str, Found], launches: dict[str, Any]) -> str:
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Which ops' launches in the chain are not their best alone."""
-    other = [f"{name} {_brief(launch)}" for name, launch in launches.items() if launch != found[name].timed[0][1]]
+    other = [
+        f"{name} {_brief(launch) if launch else 'cuBLAS'}" for name, launch in after.items() if launch != before[name]
+    ]
     return ", ".join(other) or "each op's best alone"
 
 

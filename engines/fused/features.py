@@ -8,6 +8,7 @@ import torch
 
 import kernels
 from engines.base import InputError
+from engines.nano.graphs import why_no_graphs
 from engines.nano.models import ModelConfig
 from engines.nano.options import Options
 
@@ -16,10 +17,13 @@ FEATURES = {
     "dependent": "decode kernels start while the kernel before them ends (compute capability 9.0 on)",
     "norm_qkv": "input_norm+qkv_proj in one kernel",
     "attention": "decode: qk_norm+rope+kv_write+attention in one kernel",
+    "prefill_attention": "short prompts: the same in one kernel",
     "rope_cache": "elsewhere: qk_norm+rope+kv_write in one kernel",
     "residual": "decode: the residual is added by the kernels of o_proj and down_proj",
     "norm_gate_up": "post_norm+gate_up_proj+silu_mul in one kernel",
+    "half_norm": "decode, many rows: o_proj and down_proj also make half of the norm that comes next",
     "head": "decode: final_norm+lm_head and the sampler's sums in one kernel",
+    "last_rows": "prefill: after its keys, the last layer goes on with the rows to draw from alone",
     "prefill_graphs": "prefill steps of few tokens are captured graphs too",
 }
 
@@ -57,13 +61,15 @@ def fallbacks(config: ModelConfig, device: torch.device, block_size: int) -> dic
     reasons = {}
     if device.type == "cuda" and not kernels.HAVE_TRITON:
         reasons = dict.fromkeys(FEATURES, "the package triton is not installed")
-        del reasons["device_loop"], reasons["prefill_graphs"]
+        del reasons["device_loop"]
     elif config.head_dim % 2:
-        reasons = dict.fromkeys(("attention", "rope_cache"), f"heads of {config.head_dim} have no two halves to rotate")
+        reasons = dict.fromkeys(
+            ("attention", "prefill_attention", "rope_cache"), f"heads of {config.head_dim} have no two halves to rotate"
+        )
     elif device.type == "cuda" and block_size < SMALLEST_BLOCK:
         reasons["attention"] = f"its kernel takes cache blocks of {SMALLEST_BLOCK} tokens or more"
     if not kernels.can_depend(device):
         reasons["dependent"] = "it needs a GPU of compute capability 9.0 or later"
-    if device.type != "cuda":
-        reasons["prefill_graphs"] = "there are no graphs without a GPU"
+    if no_graphs := why_no_graphs(device):
+        reasons["prefill_graphs"] = no_graphs
     return reasons

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import kernels
@@ -16,20 +17,67 @@ from engines.nano.layers.linear import StackedLinear
 from engines.nano.layers.norm import RMSNorm
 from engines.nano.models.decoder import Attention, DecoderLayer
 from engines.nano.utils.context import StepContext
-from kernels.decode_linear import best_launch
+from kernels.decode_linear import HalfNormed, best_is_tiled, best_launch, decode_linear_half_norm
+
+MAX_PREFILL_ATTENTION = 256
+"""Tokens of a step up to which one kernel is faster than rotation and attention apart."""
 
 
 @dataclass(slots=True)
 class DecodeContext(StepContext):
-    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence."""
+    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence.
+
+    half_normed: the residual stream half through the norm that comes next, where the product before left it
+    """
 
     dependent: bool = False
+    half_normed: HalfNormed | None = None
+
+
+@dataclass(slots=True)
+class PrefillContext(StepContext):
+    """Of a step that draws one token per sequence: its last layer ends with the rows of `last_tokens` alone.
+
+    tail: the step that these rows make, their keys and values in the cache; but its `slot_mapping` is of all tokens
+    """
+
+    tail: StepContext | None = None
+    dependent: bool = False
+
+
+def depends(context: StepContext) -> bool:
+    """Whether kernels of the step may start while the ones before them end."""
+    return isinstance(context, DecodeContext | PrefillContext) and context.dependent
+
+
+def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, bool, int, torch.device]:
+    """Of a product, as the choice of its kernel wants it."""
+    out, k = weight.shape
+    return rows, out // 2 if gated else out, k, gated, weight.element_size(), weight.device
 
 
 def product_is_fused(x: Tensor, weight: Tensor, gated: bool) -> bool:
     """Whether our kernel is faster than cuBLAS and separate kernels for x [rows, in] in a decode step here."""
-    out = weight.shape[0] // 2 if gated else weight.shape[0]
-    return best_launch(x.shape[0], out, weight.shape[1], gated, x.element_size(), x.device) is not None
+    return best_launch(*shape_of(x.shape[0], weight, gated)) is not None
+
+
+class Norm(nn.Module):
+    """A norm that stands alone."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self._norm = (norm,)
+
+    def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
+        (norm,) = self._norm
+        return kernels.rms_norm(hidden, norm.weight, norm.eps, dependent=depends(context))
+
+
+class SiluMul(nn.Module):
+    """silu(gate) · up that stands alone."""
+
+    def forward(self, gate_up: Tensor, context: StepContext) -> Tensor:
+        return kernels.silu_mul(gate_up, dependent=depends(context))
 
 
 class NormLinear(nn.Module):
@@ -46,13 +94,24 @@ class NormLinear(nn.Module):
             return hidden.shape[0] <= max_prefill_rows
         return product_is_fused(hidden, self._parts[1].weight, self.gated)
 
+    @property
+    def norm_weight(self) -> Tensor:
+        """Of the norm, [hidden]."""
+        return self._parts[0].weight
+
+    def takes_half(self, x: Tensor) -> bool:
+        """Whether for as many rows as x has the norm is best begun in the product before."""
+        linear = self._parts[1]
+        return x.dtype != torch.float16 and best_is_tiled(*shape_of(x.shape[0], linear.weight, self.gated))
+
     def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
         """[tokens, out] from the residual stream [tokens, hidden]."""
         norm, linear = self._parts
         if isinstance(context, DecodeContext):
+            half_normed, context.half_normed = context.half_normed, None
             return kernels.decode_linear(
-                hidden, linear.weight, norm_weight=norm.weight, eps=norm.eps, bias=linear.bias, gated=self.gated,
-                dependent=context.dependent,
+                half_normed or hidden, linear.weight, norm_weight=None if half_normed else norm.weight, eps=norm.eps,
+                bias=linear.bias, gated=self.gated, dependent=context.dependent,
             )  # fmt: skip
         result: Any
         if self.gated:
@@ -63,17 +122,31 @@ class NormLinear(nn.Module):
 
 
 class AddedLinear(nn.Module):
-    """A linear layer that adds its output to the residual stream [tokens, hidden], in place."""
+    """A linear layer that adds its output to the residual stream [tokens, hidden], in place.
+
+    Before a norm and linear layer of which the tiled kernel is the faster way too, it makes half of that norm.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._linear = (linear,)
+        self._next: tuple[NormLinear, ...] = ()
+
+    def lead_to(self, following: NormLinear) -> None:
+        """Nothing but `following` reads the residual stream before it is added to again."""
+        self._next = (following,)
 
     def forward(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         (linear,) = self._linear
-        if isinstance(context, DecodeContext) and product_is_fused(x, linear.weight, False):
-            return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=context.dependent)
-        return hidden.addmm_(x, linear.weight.t())
+        if not isinstance(context, DecodeContext) or not product_is_fused(x, linear.weight, False):
+            return hidden.addmm_(x, linear.weight.t())
+        following = self._next
+        if following and following[0].takes_half(x) and best_is_tiled(*shape_of(x.shape[0], linear.weight, False)):
+            context.half_normed = decode_linear_half_norm(
+                x, linear.weight, hidden, following[0].norm_weight, dependent=context.dependent
+            )
+            return hidden
+        return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=context.dependent)
 
 
 class RopeCache(nn.Module):
@@ -93,8 +166,30 @@ class RopeCache(nn.Module):
             qkv, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None, a.rotary.table,
             positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
             a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, return_kv=wants_kv,
+            dependent=depends(context),
         )  # fmt: skip
         return result if wants_kv else (result, None, None)
+
+
+class PrefillAttention(nn.Module):
+    """All between qkv_proj and o_proj in one kernel, for short prompts: [tokens, q + k + v] → [tokens, heads · dim]."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self._attention = (attention,)
+
+    def takes(self, qkv: Tensor, context: StepContext) -> bool:
+        """Whether one kernel is the faster way, and possible: nothing of the prompts may be in the cache before."""
+        return context.cu_seqlens_k is not None and not context.is_decode and qkv.shape[0] <= MAX_PREFILL_ATTENTION
+
+    def forward(self, qkv: Tensor, positions: Tensor, context: StepContext) -> Tensor:
+        (a,) = self._attention
+        return kernels.prefill_attention(
+            qkv, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None, a.rotary.table,
+            positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
+            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, a.attention.scale,
+            dependent=depends(context),
+        )  # fmt: skip
 
 
 class DecodeAttention(nn.Module):
@@ -117,22 +212,34 @@ class DecodeAttention(nn.Module):
 class FusedLayer(nn.Module):
     """One decoder layer. What is not fused, by choice, for its number of rows or for want of a kernel, runs as nano's.
 
-    `features` are those that are on; in prefill up to `max_prefill_rows` rows of norm and linear are one kernel.
+    `features` are those that are on; in prefill up to `max_prefill_rows` rows of norm and linear are one kernel. The
+    `last` layer of a prefill returns the rows to draw from alone.
     """
 
-    def __init__(self, layer: DecoderLayer, features: frozenset[str], max_prefill_rows: int) -> None:
+    def __init__(self, layer: DecoderLayer, features: frozenset[str], max_prefill_rows: int, last: bool) -> None:
         super().__init__()
         self.plain = layer
         self.features = features
         self.max_prefill_rows = max_prefill_rows
+        self.last = last
         self.workspace: Any = None  # of decode attention, shared by all layers; the runner makes it
         attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm, self.post_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.silu_mul = SiluMul()
         self.norm_qkv = NormLinear(layer.input_layernorm, attention.qkv_proj, gated=False)
         self.decode_attention = DecodeAttention(attention)
+        self.prefill_attention = PrefillAttention(attention)
         self.rope_cache = RopeCache(attention)
         self.added_o = AddedLinear(attention.o_proj)
         self.norm_gate_up = NormLinear(layer.post_attention_layernorm, mlp.gate_up_proj, gated=True)
         self.added_down = AddedLinear(mlp.down_proj)
+        if {"half_norm", "norm_gate_up"} <= features:
+            self.added_o.lead_to(self.norm_gate_up)
+
+    def followed_by(self, layer: FusedLayer) -> None:
+        """`layer` comes next."""
+        if {"half_norm", "norm_qkv"} <= self.features:
+            self.added_down.lead_to(layer.norm_qkv)
 
     @property
     def cache(self) -> KVWrite:
@@ -143,21 +250,41 @@ class FusedLayer(nn.Module):
         if "norm_qkv" in self.features and self.norm_qkv.takes(hidden, context, self.max_prefill_rows):
             qkv = self.norm_qkv(hidden, context)
         else:
-            qkv = attention.qkv_proj(self.plain.input_layernorm(hidden))
-        hidden = self._added(self.added_o, attention.o_proj, self._attend(qkv, positions, context), hidden, context)
+            qkv = attention.qkv_proj(self.input_norm(hidden, context))
+        if self.last and isinstance(context, PrefillContext):
+            hidden, attended, context = self._attend_last(hidden, qkv, positions, context)
+        else:
+            attended = self._attend(qkv, positions, context)
+        hidden = self._added(self.added_o, attention.o_proj, attended, hidden, context)
         if "norm_gate_up" in self.features and self.norm_gate_up.takes(hidden, context, self.max_prefill_rows):
             gated = self.norm_gate_up(hidden, context)
         else:
-            gated = mlp.silu_mul(mlp.gate_up_proj(self.plain.post_attention_layernorm(hidden)))
+            gated = self.silu_mul(mlp.gate_up_proj(self.post_norm(hidden, context)), context)
         return self._added(self.added_down, mlp.down_proj, gated, hidden, context), None
 
     def _attend(self, qkv: Tensor, positions: Tensor, context: StepContext) -> Tensor:
         attention = self.plain.self_attn
         if isinstance(context, DecodeContext) and "attention" in self.features:
             return self.decode_attention(qkv, positions, context, self.workspace)
+        if "prefill_attention" in self.features and self.prefill_attention.takes(qkv, context):
+            return self.prefill_attention(qkv, positions, context)
         if "rope_cache" in self.features:
             return attention.attention(*self.rope_cache(qkv, positions, context), context)
         return attention.attend(qkv, positions, context)
+
+    def _attend_last(
+        self, hidden: Tensor, qkv: Tensor, positions: Tensor, context: PrefillContext
+    ) -> tuple[Tensor, Tensor, StepContext]:
+        """(residual stream, attention's output, context) of the rows to draw from, once all keys are in the cache."""
+        assert context.tail is not None and context.last_tokens is not None
+        in_one = "prefill_attention" in self.features and self.prefill_attention.takes(qkv, context)
+        if "last_rows" in self.features and "rope_cache" in self.features and not in_one:
+            q, *_ = self.rope_cache(qkv, positions, context.tail)
+            q = q.index_select(0, context.last_tokens)
+            attended = self.plain.self_attn.attention(q, None, None, context.tail)
+        else:
+            attended = self._attend(qkv, positions, context).index_select(0, context.last_tokens)
+        return hidden.index_select(0, context.last_tokens), attended, context.tail
 
     def _added(self, added: AddedLinear, linear: nn.Linear, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         """The residual stream with the output of `linear` added."""
@@ -167,10 +294,14 @@ class FusedLayer(nn.Module):
         """Fused and plain modules both: only what is called reports."""
         rope = "qk_norm+rope+kv_write" if self.plain.self_attn.q_norm else "rope+kv_write"
         return [
+            ("attention", "input_norm", self.input_norm),
             ("attention", "input_norm+qkv_proj", self.norm_qkv),
             ("attention", rope, self.rope_cache),
             ("attention", f"{rope}+attention", self.decode_attention),
+            ("attention", f"{rope}+attention", self.prefill_attention),
             ("attention", "o_proj", self.added_o),
+            ("mlp", "post_norm", self.post_norm),
+            ("mlp", "silu_mul", self.silu_mul),
             ("mlp", "post_norm+gate_up_proj+silu_mul", self.norm_gate_up),
             ("mlp", "down_proj", self.added_down),
             *self.plain.sites(),

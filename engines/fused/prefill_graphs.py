@@ -11,53 +11,63 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engines.fused.layers import DecodeContext, PrefillContext
+from engines.fused.prefill import count, shapes, step_of, views
 from engines.nano.models.decoder import Decoder
 from engines.nano.prefill import PrefillInputs
-from engines.nano.utils.context import StepContext
 
 TOKEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Reading the weights bounds steps up to about 256 tokens, and padding costs nothing; above, it costs its share."""
+"""Reading the weights bounds steps up to about 256 tokens, and padding costs nothing; above, it costs its share. Up to
+the last size the host takes longer to launch a step than padding costs."""
+FULL_STEP = 16384
+"""Tokens: a budget of up to so many has a graph too, for steps that use nearly all of it."""
+FULL = 63 / 64
 MAX_SEQUENCES = 16
-ALIGNMENT = 4
-"""Numbers: every input starts at a multiple of 16 bytes, for which kernels are compiled already."""
 
 
 def token_sizes(max_tokens: int) -> tuple[int, ...]:
     """The sizes to capture for steps of up to `max_tokens` tokens."""
-    largest = min(max_tokens, TOKEN_SIZES[-1])
+    largest = max_tokens if max_tokens <= FULL_STEP else TOKEN_SIZES[-1]
     return (*(size for size in TOKEN_SIZES if size < largest), largest)
 
 
 class PrefillBuffers:
     """Inputs of a prefill step at fixed addresses, int32, padded to one of `sizes` tokens (ascending, each above 1) and
     to `max_sequences` sequences and the padding's. They go over in a single copy from pinned memory.
+
+    `dependent`: what runs for the rows that are drawn from may be launched dependently, as in decode.
     """
 
-    def __init__(self, sizes: Sequence[int], max_sequences: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, sizes: Sequence[int], max_sequences: int, max_blocks: int, device: torch.device, dependent: bool = False
+    ) -> None:
         self.sizes = tuple(sizes)
-        self.max_sequences, self.max_blocks = max_sequences, max_blocks
-        self.numbers = torch.zeros(self._count(self.sizes[-1]), dtype=torch.int32, device=device)
+        self.max_sequences, self.max_blocks, self.dependent = max_sequences, max_blocks, dependent
+        self.numbers = torch.zeros(count(self._shapes(self.sizes[-1])), dtype=torch.int32, device=device)
 
     def fits(self, inputs: PrefillInputs) -> bool:
         """Whether the step can be padded: no sequence has earlier tokens, and there are not too many of either."""
         tokens, sequences = len(inputs.token_ids), len(inputs.seqlens_k)
-        return inputs.nothing_cached and tokens <= self.sizes[-1] and sequences <= self.max_sequences
+        if not inputs.nothing_cached or tokens > self.sizes[-1] or sequences > self.max_sequences:
+            return False
+        size = self._size(tokens)
+        return size <= TOKEN_SIZES[-1] or tokens >= FULL * size
 
     def fill(self, inputs: PrefillInputs) -> int:
         """Write a step that `fits`; returns the size that it is padded to."""
         tokens, sequences = len(inputs.token_ids), len(inputs.seqlens_k)
-        size = self.sizes[bisect_left(self.sizes, tokens)]
-        count = self._count(size)
+        size = self._size(tokens)
+        parts = self._shapes(size)
         # From torch's cache of pinned memory, which keeps it from being written again before it is copied.
-        host = torch.zeros(count, dtype=torch.int32, pin_memory=self.numbers.is_cuda)
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, last_tokens, tables, token_ids, positions, slots = self._parts(
-            host.numpy(), size
+        host = torch.zeros(count(parts), dtype=torch.int32, pin_memory=self.numbers.is_cuda)
+        cu_seqlens_q, cu_seqlens_k, seqlens_k, last_tokens, of_each, tables, token_ids, positions, slots = views(
+            host.numpy(), parts
         )
         cu_seqlens_q[: sequences + 1] = inputs.cu_seqlens_q
         cu_seqlens_q[sequences + 1 :] = tokens  # missing sequences are empty
@@ -65,51 +75,29 @@ class PrefillBuffers:
         cu_seqlens_q[-1] = size
         seqlens_k[:sequences] = inputs.seqlens_k
         last_tokens[:sequences] = inputs.cu_seqlens_q[1:] - 1
+        of_each[:] = np.arange(self.max_sequences + 1)
         tables[:sequences, : inputs.block_tables.shape[1]] = inputs.block_tables
         token_ids[:tokens] = inputs.token_ids
         positions[:tokens] = inputs.positions
         slots[:tokens] = inputs.slot_mapping
         slots[tokens:] = -1  # writes nothing
-        self.numbers[:count].copy_(host, non_blocking=True)
+        self.numbers[: len(host)].copy_(host, non_blocking=True)
         return size
 
     def clear(self, size: int) -> None:
         """Make it a step of no sequences, which reads and writes nothing of the cache."""
         self.numbers.zero_()
-        self._parts(self.numbers, size)[-1].fill_(-1)
+        views(self.numbers, self._shapes(size))[-1].fill_(-1)
 
-    def inputs(self, size: int) -> tuple[Tensor, Tensor, StepContext, Tensor]:
-        """Token ids [size], positions [size], context, and each sequence's last row [max_sequences]."""
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, last_tokens, tables, token_ids, positions, slots = self._parts(
-            self.numbers, size
-        )
-        context = StepContext(
-            slot_mapping=slots,
-            cu_seqlens_q=cu_seqlens_q,
-            seqlens_k=seqlens_k,
-            block_tables=tables,
-            max_seqlen_q=size,
-            max_seqlen_k=size,
-            cu_seqlens_k=cu_seqlens_k,
-        )
-        return token_ids, positions, context, last_tokens
+    def inputs(self, size: int) -> tuple[Tensor, Tensor, PrefillContext]:
+        """Token ids [size], positions [size] and context, whose rows to draw from are [max_sequences]."""
+        return step_of(self.numbers, self._shapes(size), True, size, size, tail=DecodeContext, dependent=self.dependent)
+
+    def _size(self, tokens: int) -> int:
+        return self.sizes[bisect_left(self.sizes, tokens)]
 
     def _shapes(self, size: int) -> tuple[tuple[int, ...], ...]:
-        """In the order in which they lie; what depends on the size comes last, so that a small step's copy is small."""
-        sequences = self.max_sequences + 1
-        lengths = ((sequences + 1,), (sequences + 1,), (sequences,), (self.max_sequences,))
-        return (*lengths, (sequences, self.max_blocks), (size,), (size,), (size,))
-
-    def _count(self, size: int) -> int:
-        return sum(_aligned(prod(shape)) for shape in self._shapes(size))
-
-    def _parts(self, numbers: Any, size: int) -> list[Any]:
-        """Views of all inputs in `numbers`, an array or a tensor."""
-        parts, start = [], 0
-        for shape in self._shapes(size):
-            parts.append(numbers[start : start + prod(shape)].reshape(shape))
-            start += _aligned(prod(shape))
-        return parts
+        return shapes(self.max_sequences + 1, self.max_sequences, self.max_blocks, size)
 
 
 class PrefillGraphs:
@@ -147,18 +135,11 @@ class PrefillGraphs:
     def _capture(self, size: int, pool: Any) -> None:
         self.buffers.clear(size)  # what capture and its warm-up compute is never read
         inputs = self.buffers.inputs(size)
-        last_rows(self.model, *inputs)  # compiles, loads modules and picks algorithms, none of which a capture may do
+        self.model(*inputs)  # compiles, loads modules and picks algorithms, none of which a capture may do
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):  # gives the memory of the run before back to the GPU first
-            self.outputs[size] = last_rows(self.model, *inputs)
+            self.outputs[size] = self.model(*inputs)
         self.graphs[size] = graph
-
-
-def last_rows(
-    model: Decoder, token_ids: Tensor, positions: Tensor, context: StepContext, last_tokens: Tensor
-) -> Tensor:
-    """Hidden states [max_sequences, hidden] of each sequence's last token."""
-    return model(token_ids, positions, context).index_select(0, last_tokens)
 
 
 @contextmanager
@@ -172,7 +153,3 @@ def fused_up_to(layers: list[Any], rows: int | None) -> Iterator[None]:
     finally:
         for layer, own in before:
             layer.max_prefill_rows = own
-
-
-def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
 import kernels
-from engines.base import EngineConfig, HostPhases, Probe, SamplingParams, Site, TraceMode
+from engines.base import EngineConfig, HostPhases, SamplingParams, Site
 from engines.fused.decode import DecodeStep, Graphs
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
+from engines.fused.prefill import Prompts, upload
 from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
 from engines.fused.state import DecodeState, Flight
-from engines.nano.layers.sampler import SamplingBatch, keep_likely
+from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
 from engines.nano.model_runner import ModelRunner
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from kernels.decode_attention import workspace
-
-COLDEST = 1e-30
-"""Logits over a lower temperature may be infinite; the kernels that draw take colder for the same."""
 
 
 class FusedRunner(ModelRunner):
@@ -27,7 +27,7 @@ class FusedRunner(ModelRunner):
 
     def __init__(self, config: EngineConfig, options: FusedOptions) -> None:
         self.options = options
-        self.watched = False  # a probe is attached, which looks at one step at a time
+        self.prompts = Prompts()
         super().__init__(config, options, lambda _runner: self._fuse())
 
     def _fuse(self) -> None:
@@ -35,9 +35,12 @@ class FusedRunner(ModelRunner):
         reasons = fallbacks(self.model_config, self.device, self.block_size)
         self.fallbacks = {feature: reasons[feature] for feature in self.options.features if feature in reasons}
         self.features = frozenset(self.options.features) - self.fallbacks.keys()
+        layers, rows = self.model.layers, self.options.max_fused_prefill_rows
         self.model.model.layers = nn.ModuleList(
-            FusedLayer(layer, self.features, self.options.max_fused_prefill_rows) for layer in self.model.layers
+            FusedLayer(layer, self.features, rows, last=layer is layers[-1]) for layer in layers
         )
+        for layer, following in pairwise(self.model.layers):
+            layer.followed_by(following)
         self.kernels = "triton" if kernels.runs_triton(self.model.lm_head.matrix) else "reference"
 
     def _make_buffers(self) -> DecodeState:
@@ -74,9 +77,14 @@ class FusedRunner(ModelRunner):
             return self.graphs.replay(rows)
         return self.step(rows, longest)
 
+    def _inputs(self, sequences: list[Sequence]) -> PrefillInputs:
+        return self.prompts.inputs(sequences, self.block_size)
+
     def _prefill(self, inputs: PrefillInputs) -> Tensor:
         graphs = self.graphs.prefill if self.graphs is not None else None
-        return graphs.run(inputs) if graphs is not None and graphs.fits(inputs) else super()._prefill(inputs)
+        if graphs is not None and graphs.fits(inputs):
+            return graphs.run(inputs)
+        return self.model.lm_head(self.model(*upload(inputs, self.device)))
 
     def _draw_again(self, sequences: list[Sequence], logits: Tensor) -> None:
         """Some rows want top_k or top_p, which the step knows nothing of: draw once more from what they leave."""
@@ -117,9 +125,10 @@ class FusedRunner(ModelRunner):
     def _capture(self) -> Graphs:
         graphs = Graphs(lambda rows: self.step(rows, self.max_model_len), self.state.clear, self.config.max_num_seqs)
         if "prefill_graphs" in self.features and not self.watched:
-            tokens = token_sizes(self.config.max_num_batched_tokens)
+            # A step of one token alone is no prefill to attention: it is padded.
+            tokens = token_sizes(max(2, self.config.max_num_batched_tokens))
             sequences = min(MAX_SEQUENCES, self.config.max_num_seqs)
-            buffers = PrefillBuffers(tokens, sequences, self.max_blocks, self.device)
+            buffers = PrefillBuffers(tokens, sequences, self.max_blocks, self.device, "dependent" in self.features)
             graphs.prefill = PrefillGraphs(self.model, buffers, pool=graphs.pool)
         return graphs
 
@@ -129,14 +138,6 @@ class FusedRunner(ModelRunner):
             "launch": [(self, "_prefill"), (self, "_decode")],
             "sample": [(self, "_draw")],
         }
-
-    def attach(self, probe: Probe, mode: TraceMode) -> None:
-        self.watched = True
-        super().attach(probe, mode)
-
-    def detach(self) -> None:
-        super().detach()
-        self.watched = False
 
     def close(self) -> None:
         super().close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ class DecodeState:
         self.block_tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
         self.ring = torch.zeros(STAGES, max_rows, dtype=torch.int32, pin_memory=pinned)
         self._landed = [torch.cuda.Event() for _ in range(STAGES)] if pinned else [None] * STAGES
+        weakref.finalize(self, _wait_for, self._landed, self.ring)
         self._ring_view = self.ring.numpy()
         self._tables = np.zeros((max_rows, max_blocks), np.int32)
         self._rows: list[Sequence] = []  # whose state the device holds
@@ -122,3 +124,10 @@ class DecodeState:
         staged = self._table_stages[stage][: len(sequences)]
         staged.numpy()[:] = self._tables[: len(sequences)]
         self.block_tables[: len(sequences)].copy_(staged, non_blocking=True)
+
+
+def _wait_for(landed: list[Any], _ring: torch.Tensor) -> None:
+    """Steps that nobody reads any more still write to the ring: until then it must not become someone else's memory."""
+    for event in landed:
+        if event is not None:
+            event.synchronize()

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 import kernels
+from engines.base import HOTTEST
 from engines.nano.layers.sampler import keep_likely
 
 VOCAB = 300
@@ -25,7 +26,7 @@ def allowed_by_hand(logits: torch.Tensor, temperature: float, top_k: int, top_p:
     weights = {
         token: torch.tensor(z / temperature, dtype=torch.float64).exp() for token, z in enumerate(logits.tolist())
     }
-    likely = sorted(weights, key=lambda token: (-weights[token], token))[:top_k]
+    likely = sorted(weights, key=lambda token: (-logits[token], token))[:top_k]
     whole = sum(weights[token] for token in likely)
     allowed, held = [], 0.0
     for token in likely:
@@ -60,6 +61,7 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, dra
         (0.6, VOCAB, 0.8, 4),
         (1.5, 6, 0.7, 4),
         (1.0, 1, 1.0, 1),
+        (1e30, 6, 1.0, 6),
     ],
 )
 def test_draws_from_the_cut_distribution(temperature, top_k, top_p, left, dtype):
@@ -72,6 +74,30 @@ def test_draws_from_the_cut_distribution(temperature, top_k, top_p, left, dtype)
     assert counts.sum() == DRAWS, "a token that was cut off was drawn"
     if left > 1:
         assert chisquare(counts, weights / weights.sum() * DRAWS).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "reference",
+        pytest.param("triton", marks=pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")),
+    ],
+)
+def test_the_highest_temperature_draws_evenly(path):
+    """Beyond the vocabulary's end logits of -inf are read, and one is in it."""
+    draws = 6000 if path == "reference" else 60
+    logits = logits_of(torch.float32)[:150]
+    logits[149] = -torch.inf
+    rows, hot = logits.repeat(draws, 1), torch.full((draws,), HOTTEST)
+    tokens = torch.empty(draws, dtype=torch.int32)
+    with kernels.use(path):
+        kernels.choose_token(
+            rows, *kernels.tile_stats(rows, hot), hot, torch.full((draws,), 5), torch.arange(draws, dtype=torch.int32),
+            tokens, torch.zeros(2, draws, dtype=torch.int32), torch.zeros(draws, dtype=torch.int64),
+        )  # fmt: skip
+    counts = torch.bincount(tokens, minlength=150)
+    assert counts[149] == 0
+    assert chisquare(counts[:149]).pvalue > 1e-4
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="on a GPU tests/kernels compares kernel and reference")

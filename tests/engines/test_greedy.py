@@ -7,7 +7,10 @@ import torch
 
 import kernels
 from engines.fused import LLM as Fused
+from engines.fused import layers
+from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
+from kernels.decode_linear import decode_linear_half_norm
 from tests.engines import reference
 
 LENGTHS = (1, 16, 17, 40)
@@ -103,6 +106,30 @@ def test_scores_are_the_models_logits(variant, prompts):
         assert scored.logits.shape == want.shape
         assert (scored.logits - want).norm() / want.norm() < 1e-5
         assert torch.equal(scored.logits.argmax(-1), torch.tensor(scored.token_ids))
+
+
+HALVES = {"all": ((), 5), "of gate and up alone": (("-norm_qkv",), 3), "none": (("-half_norm",), 0)}
+"""What is left out → norms of a decode step that are made in halves, with 3 layers: not the first, nor the head's."""
+
+
+@pytest.mark.parametrize(("features", "halves"), HALVES.values(), ids=HALVES.keys())
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_norms_in_halves(path, features, halves, monkeypatch, prompts, expected):
+    """As with many rows. Counted, because the tokens do not tell how they were made."""
+    if path == "triton" and not kernels.INTERPRETED:
+        pytest.skip("Triton's interpreter is off")
+    made = []
+
+    def half_norm(*arguments, **keywords):
+        made.append(decode_linear_half_norm(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(layers, "best_is_tiled", lambda *_: True)
+    monkeypatch.setattr(layers, "decode_linear_half_norm", half_norm)
+    with kernels.use(path):
+        engine = Fused(reference.config(options={"features": features or FusedOptions().features}))
+        assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
+    assert len(made) == 2 * halves
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")

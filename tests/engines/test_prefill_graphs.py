@@ -5,7 +5,9 @@ tests/gpu/test_prefill_graphs.py does the same with graphs.
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 import kernels
 from engines.base import Request, SamplingParams
 from engines.fused import LLM as Fused
-from engines.fused.prefill_graphs import PrefillBuffers, fused_up_to, last_rows, token_sizes
-from engines.nano import LLM as Nano
+from engines.fused.features import FEATURES
+from engines.fused.prefill_graphs import PrefillBuffers, fused_up_to, token_sizes
+from engines.nano.layers.attention import torch_attention
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from tests.engines import reference
 
+VARIANTS = ((), ("-prefill_attention",), ("-prefill_attention", "-last_rows"))
+MODULE = sys.modules["engines.fused.prefill_graphs"]
 SIZES = (16, 32, 64, 128)
 MAX_SEQUENCES = 4
 STEPS = ((1,), (16,), (17,), (5, 11), (1, 1, 1), (1, 16, 17, 40), (128,), (32, 32, 32, 32), (61, 2))
@@ -31,6 +36,8 @@ GARBAGE = 2**30
 def unwritten_rows_attention(q, k, v, k_cache, v_cache, context, scale):
     """From the step's own keys and values, as unforgiving as a kernel on a GPU: rows of no sequence are left as they
     were, here NaN, and masked values of the whole step are multiplied by zero."""
+    if context.is_decode:  # the rows to draw from, in the last layer
+        return torch_attention(q, k, v, k_cache, v_cache, context, scale)
     out = torch.full_like(q, float("nan"))
     starts, key_starts = context.cu_seqlens_q.tolist(), context.cu_seqlens_k.tolist()
     for sequence in range(len(starts) - 1):
@@ -70,7 +77,7 @@ def padded_logits(runner, inputs):
     buffers = make_buffers(runner)
     assert buffers.fits(inputs)
     step = buffers.inputs(buffers.fill(inputs))
-    return runner.model.lm_head(last_rows(runner.model, *step)[: len(inputs.seqlens_k)])
+    return runner.model.lm_head(runner.model(*step)[: len(inputs.seqlens_k)])
 
 
 def assert_close(logits, expected):
@@ -78,9 +85,9 @@ def assert_close(logits, expected):
     assert (logits - expected).norm() / expected.norm() < 1e-5
 
 
-@pytest.fixture(scope="module", params=(Nano, Fused), ids=("nano", "fused"))
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda names: " ".join(names) or "all features")
 def runner(request):
-    return request.param(reference.config()).runner
+    return Fused(reference.config(options={"features": request.param or tuple(FEATURES)})).runner
 
 
 @pytest.fixture
@@ -125,7 +132,7 @@ def test_a_step_of_no_sequences_leaves_the_cache_alone(runner):
     for size in SIZES:
         buffers.clear(size)
         with torch.inference_mode():
-            last_rows(runner.model, *buffers.inputs(size))
+            runner.model(*buffers.inputs(size))
     assert runner.cache.isnan().all()
 
 
@@ -147,7 +154,14 @@ def test_smallest_size_that_holds_the_step(runner):
 def test_sizes_end_at_the_largest_step():
     assert token_sizes(100) == (16, 32, 64, 100)
     assert token_sizes(64) == (16, 32, 64)
-    assert token_sizes(16384)[-1] == 4096
+    assert token_sizes(16384)[-2:] == (4096, 16384)
+    assert token_sizes(16385)[-1] == 4096
+
+
+def test_a_large_graph_runs_full_steps_only(runner, monkeypatch):
+    monkeypatch.setattr(MODULE, "TOKEN_SIZES", (16, 32, 64))
+    fits = [make_buffers(runner).fits(make_inputs((n,), runner.num_blocks)[0]) for n in (64, 65, 125, 126, 128)]
+    assert fits == [True, False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +169,23 @@ def test_sizes_end_at_the_largest_step():
 )
 def test_steps_that_fit(runner, lengths, fits):
     assert make_buffers(runner).fits(make_inputs(lengths, runner.num_blocks)[0]) == fits
+
+
+@torch.inference_mode()
+def test_steps_of_a_budget_of_one_token_are_padded(monkeypatch):
+    """One token in one row would be a decode step to attention."""
+    runner = Fused(reference.config(max_num_batched_tokens=1)).runner
+    captured = []
+    monkeypatch.setattr("engines.fused.runner.Graphs", lambda *_: SimpleNamespace(pool=None))
+    monkeypatch.setattr("engines.fused.runner.PrefillGraphs", lambda _model, buffers, **_: captured.append(buffers))
+    monkeypatch.setattr(runner, "features", runner.features | {"prefill_graphs"})
+    runner._capture()
+    (buffers,) = captured
+    inputs, expected = make_inputs((1,), runner.num_blocks)
+    assert buffers.fits(inputs)
+    step = buffers.inputs(buffers.fill(inputs))
+    assert not step[2].is_decode
+    assert_close(runner.model.lm_head(runner.model(*step)[:1]), expected)
 
 
 def test_a_cached_prefix_does_not_fit(runner):
@@ -175,3 +206,18 @@ def test_limit_of_fused_rows_holds_only_within():
         assert fused_rows == ran
         fused_rows.clear()
     assert [layer.max_prefill_rows for layer in runner.model.layers] == [20] * len(runner.model.layers)
+
+
+def test_the_last_layer_goes_on_with_the_rows_to_draw_from(runner):
+    inputs, _ = make_inputs((5, 11), runner.num_blocks)
+    attended, ended = [], []
+    first, last = runner.model.layers[0], runner.model.layers[-1]
+    for layer in (first, last):
+        layer.plain.self_attn.attention.register_forward_hook(lambda _module, args, _out: attended.append(len(args[0])))
+        layer.added_down.register_forward_hook(lambda _module, args, _out: ended.append(len(args[0])))
+    runner._prefill(inputs)
+    assert ended == [16, 2]
+    if "prefill_attention" not in runner.features:
+        assert attended == ([16, 2] if "last_rows" in runner.features else [16, 16])
+    else:
+        assert attended == []

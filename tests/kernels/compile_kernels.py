@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from kernels.decode_attention import workspace
-from kernels.decode_linear import Launch
+from kernels.decode_linear import Launch, decode_linear_half_norm
 
 META = torch.device("meta")
 
@@ -68,14 +68,25 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         k = torch.empty(5, 2, 24, dtype=torch.bfloat16, device=META)
         cache = torch.empty(2, 16, 2, 24, dtype=torch.bfloat16, device=META)
         kernels.write_kv(k, k, cache, cache, torch.empty(5, dtype=torch.int32, device=META))
-        kernels.silu_mul(torch.empty(3, 200, dtype=torch.bfloat16, device=META))
-        # A decode step's products: norm and gate, residual, and a sum over K in two parts.
+        kernels.silu_mul(torch.empty(3, 200, dtype=torch.bfloat16, device=META), dependent=True)
+        for rows, hidden, dtype in ((128, 1024, torch.bfloat16), (4096, 1024, torch.bfloat16), (3, 100, torch.float16)):
+            x = torch.empty(rows, hidden, dtype=dtype, device=META)
+            kernels.rms_norm(x, x[0], 1e-6, dependent=True)
+        prefill_attention(128, 16, 8, 128, torch.bfloat16, norm=True)
+        prefill_attention(40, 14, 2, 64, torch.float16, norm=False)
+        prefill_attention(9, 4, 4, 20, torch.float32, norm=True)
+        # A decode step's products: norm and gate, residual, a norm in halves, and a sum over K in parts.
         for rows in (1, 16, 64, 256):
             decode_linear(rows, 1024, 4096, torch.bfloat16, norm=True)
             decode_linear(rows, 1024, 2 * 3072, torch.bfloat16, norm=True, gated=True)
             decode_linear(rows, 3072, 1024, torch.bfloat16, residual=True)
         split = Launch("tiled", 32, 128, 4, block_m=16, num_stages=4, split_k=2)
         decode_linear(16, 3072, 1024, torch.bfloat16, residual=True, launch=split)
+        for rows in (16, 128):
+            held = Launch("tiled", 64, 256, 4, block_m=min(rows, 64), split_k=8)
+            norm_in_halves(rows, 2048, 1024, 3072, torch.bfloat16, held, None)
+            norm_in_halves(rows, 2048, 1024, 3072, torch.bfloat16, None, split)
+        norm_in_halves(20, 100, 33, 37, torch.float32, None, None)
         passes = Launch("matrix", 16, 512, 16, block_m=16, registers=128)
         decode_linear(64, 3072, 1024, torch.bfloat16, residual=True, launch=passes)
         decode_linear(2, 100, 34, torch.float32, norm=True, gated=True)
@@ -106,6 +117,7 @@ def rotary(tokens: int, dtype: torch.dtype, norm: bool) -> None:
         torch.empty(tokens, 32 * 128, dtype=dtype, device=META), gamma, gamma,
         torch.empty(4096, 128, device=META), torch.empty(tokens, dtype=torch.int64, device=META),
         torch.empty(tokens, dtype=torch.int32, device=META), cache, cache, 16, 8, 128, 1e-6, return_kv=norm,
+        dependent=True,
     )  # fmt: skip
 
 
@@ -122,6 +134,19 @@ def attention(
     )  # fmt: skip
 
 
+def prefill_attention(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, norm: bool
+) -> None:  # fmt: skip
+    gamma = torch.empty(head_dim, dtype=dtype, device=META) if norm else None
+    cache = torch.empty(4, 256, kv_heads, head_dim, dtype=dtype, device=META)
+    numbers = torch.empty(tokens, dtype=torch.int32, device=META)
+    kernels.prefill_attention(
+        torch.empty(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=META), gamma, gamma,
+        torch.empty(4096, head_dim, device=META), numbers, numbers, cache, cache, heads, kv_heads, head_dim, 1e-6, 0.1,
+        dependent=True,
+    )  # fmt: skip
+
+
 def decode_linear(
     rows: int, k: int, weight_rows: int, dtype: torch.dtype, norm: bool = False, gated: bool = False,
     residual: bool = False, launch: Launch | None = None,
@@ -133,6 +158,20 @@ def decode_linear(
         new(rows, k), new(weight_rows, k), norm_weight=new(k) if norm else None, eps=1e-6, gated=gated,
         residual=new(rows, weight_rows) if residual else None, dependent=True, launch=launch,
     )  # fmt: skip
+
+
+def norm_in_halves(
+    rows: int, k: int, hidden: int, inter: int, dtype: torch.dtype, first: Launch | None, second: Launch | None
+) -> None:  # fmt: skip
+    """A product that leaves half a norm, and the gated one that takes it."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    half = decode_linear_half_norm(
+        new(rows, k), new(hidden, k), new(rows, hidden), new(hidden), dependent=True, launch=first
+    )
+    kernels.decode_linear(half, new(2 * inter, hidden), eps=1e-6, gated=True, dependent=True, launch=second)
 
 
 def decode_attention(

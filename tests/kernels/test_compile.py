@@ -12,20 +12,22 @@ DEPENDENT = {
     "decode_attention.decode_attention_kernel",
     "decode_linear.decode_linear_matrix_kernel",
     "decode_head.decode_head_kernel",
-    "decode_linear.decode_linear_tiled_kernel",
+    "decode_linear_tiled.decode_linear_tiled_kernel",
     "decode_linear.decode_linear_vector_kernel",
     "embed_rows.embed_rows_kernel",
+    "prefill_attention.prefill_attention_kernel",
+    "qk_norm_rope_cache.qk_norm_rope_cache_kernel",
+    "rms_norm.rms_norm_kernel",
     "sample.choose_token_kernel",
     "sample.tile_stats_kernel",
+    "silu_mul.silu_mul_kernel",
 }
-"""Kernels of a decode step, which wait for one another where the GPU can."""
+"""Kernels of a decode step or a small prefill, which wait for one another where the GPU can."""
 KERNELS = DEPENDENT | {
     "paged_attention.paged_attention_combine_kernel",
     "paged_attention.paged_attention_kernel",
-    "qk_norm_rope_cache.qk_norm_rope_cache_kernel",
     "rms_norm_linear.rms_norm_linear_tiled_kernel",
     "rms_norm_linear.rms_norm_linear_vector_kernel",
-    "silu_mul.silu_mul_kernel",
     "write_kv.write_kv_kernel",
 }
 

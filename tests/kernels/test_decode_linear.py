@@ -1,14 +1,20 @@
 """decode_linear against float64: all kernels, odd shapes, everything that is fused, every launch."""
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import FUSIONS, INTERPRETED, decode_linear
 from kernels.choices import chosen, none_chosen
-from kernels.decode_linear import Launch, best_launch, default_launch, matrix_candidates
+from kernels.decode_linear import (
+    HalfNormed,
+    Launch,
+    best_launch,
+    decode_linear_half_norm,
+    default_launch,
+    half_norm_reference,
+    matrix_candidates,
+)
 
 EPS = 1e-6
 # (rows, K, out): all kernels' defaults, both sides of their borders, sizes that no block divides
@@ -124,15 +130,50 @@ def test_matrix_candidates():
 @pytest.mark.parametrize("split_k", [2, 3])
 def test_programs_share_a_sum(split_k, k, randn, assert_close):
     """Twice with the same counters, which the first launch must have left as zeros."""
-    x, weight, _ = inputs(randn, 19, k, 40, torch.float32)
+    x, weight, gamma = inputs(randn, 19, k, 40, torch.float32)
     residual = randn(19, 40)
     launch = Launch("tiled", 16, 16, 4, block_m=16, num_stages=2, split_k=split_k)
     stream = residual.clone()
     for times in (1, 2):
         decode_linear(x, weight, residual=stream, launch=launch)
         assert_close(stream, residual.double() + times * expected(x, weight))
-    with pytest.raises(ValueError, match="split_k takes no norm, no gate"):
-        decode_linear(x, weight, gated=True, launch=launch)
+    y = decode_linear(x, weight, norm_weight=gamma, eps=EPS, gated=True, launch=launch)
+    assert_close(y, expected(x, weight, gamma, gated=True))
+
+
+HELD = [
+    Launch("tiled", 32, 64, 4, block_m=16, split_k=2), Launch("tiled", 16, 128, 4, block_m=64),
+    Launch("tiled", 32, 32, 4, block_m=64, split_k=4, ahead=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launch", HELD, ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_a_part_of_one_tile(gated, launch, randn, assert_close):
+    """W held from before the wait, W's rows first and x's; the last asks for nothing ahead."""
+    x, weight, gamma = inputs(randn, 70, 128, 38, torch.float32)
+    bias = randn(38)
+    y = decode_linear(x, weight, norm_weight=gamma, eps=EPS, bias=bias, gated=gated, launch=launch)
+    assert_close(y, expected(x, weight, gamma, bias=bias, gated=gated))
+
+
+@pytest.mark.parametrize("launch", [None, Launch("tiled", 16, 32, 4, block_m=16, num_stages=2, split_k=3)], ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_in_halves(kind, launch, randn, assert_close):
+    """What one product leaves of the norm is what the next one wants; 3 column blocks, the last not full."""
+    x, weight, _ = inputs(randn, 21, 96, 44, kind)
+    residual, gamma, bias = randn(21, 44, dtype=kind), randn(44, dtype=kind), randn(44, dtype=kind)
+    stream = residual.clone()
+    half = decode_linear_half_norm(x, weight, stream, gamma, bias=bias, launch=launch)
+    assert_close(stream, expected(x, weight, bias=bias, residual=residual))
+    assert_close(half.rows, stream.double() * gamma.double())
+    assert_close(half.squares.sum(0), stream.double().square().sum(1))
+    following = randn(30, 44, dtype=kind)
+    for gated in (False, True):
+        y = decode_linear(half, following, eps=0.5, gated=gated, launch=launch)
+        assert_close(y, expected(stream, following, gamma, eps=0.5, gated=gated))
+        copy = FUSIONS["decode_linear"].reference(half_norm_reference(stream, gamma), following, eps=0.5, gated=gated)
+        assert_close(copy, expected(stream, following, gamma, eps=0.5, gated=gated))
 
 
 @pytest.mark.parametrize("rows", [1, 6, 20])
@@ -195,6 +236,15 @@ def test_wrong_arguments(randn):
         decode_linear(x, weight, residual=randn(4, 8), gated=True)
     with pytest.raises(ValueError, match="as many gate rows as up rows"):
         decode_linear(x, randn(7, 32), gated=True)
+    half = half_norm_reference(x, randn(32))
+    with pytest.raises(ValueError, match="half normed take no other norm_weight"):
+        decode_linear(half, weight, norm_weight=randn(32))
+    with pytest.raises(ValueError, match=r"squares must have shape \(2, 4\)"):
+        decode_linear(HalfNormed(half.rows, randn(2, 3)), weight)
+    with pytest.raises(ValueError, match=r"next_norm_weight must have shape \(8,\)"):
+        decode_linear_half_norm(x, weight, randn(4, 8), randn(4))
+    with pytest.raises(ValueError, match="half a norm takes no float16"):
+        decode_linear_half_norm(x.half(), weight.half(), randn(4, 8).half(), randn(8).half())
 
 
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
@@ -217,11 +267,3 @@ def test_dependent_launches_compute_the_same(rows, randn):
     assert torch.isfinite(plain).all()
     for _ in range(10):
         assert torch.equal(chain(True), plain)
-
-
-def test_a_choice_made_without_a_norm_is_left_out_with_one(monkeypatch, randn, assert_close):
-    """Two projections may have one shape; only the one without a norm can share its sums."""
-    shared = Launch("tiled", 16, 32, 4, block_m=16, num_stages=2, split_k=2)
-    monkeypatch.setattr(sys.modules["kernels.decode_linear"], "best_launch", lambda *_: shared)
-    x, weight, gamma = inputs(randn, 2, 64, 16, torch.float32)
-    assert_close(decode_linear(x, weight, norm_weight=gamma, eps=EPS), expected(x, weight, gamma))

@@ -37,7 +37,7 @@ SHAPES = [(1, 4, 2, 16, 16), (3, 6, 1, 24, 256), (5, 3, 3, 10, 32)]
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 @pytest.mark.parametrize("heads_per_program", [2, 8])
 def test_values_and_cache(shape, norm, heads_per_program, dtype, device, randn, assert_close, monkeypatch):
-    monkeypatch.setattr(MODULE, "HEADS_PER_PROGRAM", ((1 << 62, heads_per_program),))
+    monkeypatch.setattr(MODULE, "LAUNCHES", ((1 << 62, heads_per_program, 1),))
     tokens, heads, kv_heads, head_dim, block_size = shape
     qkv = randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, scale=2)
     q_weight, k_weight = (randn(head_dim, dtype=dtype), randn(head_dim, dtype=dtype)) if norm else (None, None)
