@@ -208,7 +208,8 @@ class WorkloadConf:
 @dataclass
 class InstrumentConf:
     """How it is measured: `nvtx` ranges; a pass that times the phases of the `host`; on a GPU one that records the
-    `kernels` of steps as they are timed; an `eager` pass with ops; a `graph` pass with layers inside CUDA graphs.
+    `kernels` of steps as they are timed; one that takes their `energy`, with two loops of `energy_seconds` a shape; an
+    `eager` pass with ops; a `graph` pass with layers inside CUDA graphs.
 
     The timed pass of a shape ends once its median is known to `precision` (relative), within the bounds on iterations
     and seconds (of two that cross, `max_iterations` counts); instrumented passes take `traced_iterations` steps.
@@ -217,6 +218,7 @@ class InstrumentConf:
     nvtx: bool = True
     host: bool = True
     kernels: bool = True
+    energy: bool = False
     eager: bool = True
     graph: bool = True
     precision: float = 0.01
@@ -224,12 +226,14 @@ class InstrumentConf:
     max_iterations: int = 500
     max_seconds_per_shape: float = 5.0
     traced_iterations: int = 10
+    energy_seconds: float = 3.0
 
     def __post_init__(self) -> None:
         _require(0 < self.precision < 1, "instrument.precision", "between 0 and 1", self.precision)
         _at_least(1, "instrument.", self, "min_iterations", "max_iterations", "traced_iterations")
-        seconds = self.max_seconds_per_shape
-        _require(seconds > 0, "instrument.max_seconds_per_shape", "above 0", seconds)
+        for name in ("max_seconds_per_shape", "energy_seconds"):
+            seconds = getattr(self, name)
+            _require(seconds > 0, f"instrument.{name}", "above 0", seconds)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,27 @@ def gpu_state() -> dict[str, Any] | None:
     others = [p for p in state.pop("processes") if not _is_ours(p["pid"])]
     throttled = None if reasons is None else bool(set(reasons) - _HARMLESS)
     return {**state, "throttle_reasons": reasons, "throttled": throttled, "other_processes": others}
+
+
+def energy_counter() -> Callable[[], float] | None:
+    """What reads the J that the GPU has taken since its driver was loaded; None without NVML or such a counter.
+
+    NVML stays open for it: the counter is read many times.
+    """
+    device = _device()
+    if not device or device == "-1":
+        return None
+    try:
+        import pynvml as nvml
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        gpu = _nvml_handle(nvml, device)
+        nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
+    except (nvml.NVMLError, AttributeError):
+        return None
+    return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
 
 
 def torch_memory() -> dict[str, int]:
@@ -157,8 +179,7 @@ def _read_nvml(device: str) -> dict[str, Any] | None:
     except nvml.NVMLError:
         return None
     try:
-        index = device.isdigit()
-        gpu = nvml.nvmlDeviceGetHandleByIndex(int(device)) if index else nvml.nvmlDeviceGetHandleByUUID(device)
+        gpu = _nvml_handle(nvml, device)
 
         def ask(name: str, *arguments: Any) -> Any:
             """One value, None where this GPU, driver or package does not have it."""
@@ -191,6 +212,11 @@ def _read_nvml(device: str) -> dict[str, Any] | None:
         return None
     finally:
         nvml.nvmlShutdown()
+
+
+def _nvml_handle(nvml: Any, device: str) -> Any:
+    by_index = device.isdigit()
+    return nvml.nvmlDeviceGetHandleByIndex(int(device)) if by_index else nvml.nvmlDeviceGetHandleByUUID(device)
 
 
 def _text(value: Any) -> str | None:

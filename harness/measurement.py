@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
@@ -18,6 +18,7 @@ import torch
 from engines.base import Engine, Request, RequestResult, SamplingParams, TraceMode, TraceUnsupported
 from harness import machine, tables
 from harness.config import Config
+from harness.energy import EnergyMeter
 from harness.instruments.events import EventProbe, GraphEventProbe
 from harness.instruments.host import HostProbe
 from harness.instruments.kernels import KernelProbe, KernelSample, disagreeing, read
@@ -31,14 +32,14 @@ from harness.results import RunWriter, request_row
 from harness.rounds import BlockFailed, Blocks, Item
 from harness.serving import Load, load_record
 from harness.statistics import StoppingRule, median_interval, warmup_count
-from harness.workloads import Prompts, Shape
+from harness.workloads import DECODE_WARMUP_STEPS, Prompts, Shape
 
 PREFILL_WARMUP, TRACED_WARMUP = 2, 1
 """Prefills left out before the first sample of a shape; kernels are compiled in the first one."""
 MIN_BLOCKS = 5
 """Fewest blocks of an item in a run of one engine."""
 SERVE_WARMUP_REQUESTS, SERVE_WARMUP_TOKENS = 4, 16
-TIMED, HOST, KERNELS = "timed", "host", "kernels"
+TIMED, HOST, KERNELS, ENERGY = "timed", "host", "kernels", "energy"
 
 
 class Measurement:
@@ -59,6 +60,7 @@ class Measurement:
         self.passes: dict[Shape, dict[str, dict[str, Any]]] = {shape: {} for shape in shapes}
         self.traces: dict[str, str] = {}
         self.failures: list[str] = []
+        self.throttled_blocks: list[list[str]] = []  # of each block, the reasons at its end; none: it was not
         self._blocks: Blocks | None = None
 
     def blocks(self, requests: Sequence[Request]) -> Blocks:
@@ -66,6 +68,17 @@ class Measurement:
         if self._blocks is None:
             self._blocks = Blocks(self.engine, self.prompts, self.config.workload.temperature, requests)
         return self._blocks
+
+    def block(
+        self, item: Item, launch: int, number: int, started_s: float, requests: Sequence[Request]
+    ) -> dict[str, Any]:
+        """Measure one block; its row, which is kept for the table, and whether the GPU was throttled at its end."""
+        row = self.blocks(requests).row(item, launch, number, started_s)
+        state = (machine.gpu_state() if self.device != "cpu" else None) or {}
+        self.throttled_blocks += [state["throttle_reasons"] if state.get("throttled") else []]
+        row["throttled"] = state.get("throttled")
+        self.writer.add_rounds([row])
+        return row
 
     def time_rounds(self, timed: Sequence[Item], requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Blocks of each item until its median is known; returns what `run.json` says of them."""
@@ -78,8 +91,7 @@ class Measurement:
                 rule = StoppingRule(conf.precision, MIN_BLOCKS, conf.max_iterations, conf.max_seconds_per_shape)
                 reason = ""
                 while rule.done is None and not reason:
-                    row = blocks.row(item, 0, len(rule.samples), time.perf_counter() - begun_s)
-                    self.writer.add_rounds([row])
+                    row = self.block(item, 0, len(rule.samples), time.perf_counter() - begun_s, requests)
                     if row["status"] == "ok":
                         rule.add(row["value"])
                     else:
@@ -230,6 +242,57 @@ class Measurement:
         finally:
             source.close()
 
+    def measure_energy(self) -> None:
+        """Take the energy of the steps of every shape, with no instrument attached."""
+        joules = machine.energy_counter() if self.device != "cpu" else None
+        try:
+            if joules is None:
+                raise TraceUnsupported("NVML tells no energy here.")
+            meter = EnergyMeter(joules)
+        except TraceUnsupported as reason:
+            self.traces[ENERGY] = str(reason)
+            return
+        self.traces[ENERGY] = "ok"
+        with self.reporter.bar("measuring energy", len(self.passes)) as done:
+            for shape in self.passes:
+                with self._failing(shape, ENERGY), undisturbed():
+                    self.passes[shape][ENERGY] = self._energy(shape, meter)
+                done(str(shape))
+
+    def _energy(self, shape: Shape, meter: EnergyMeter) -> dict[str, Any]:
+        """J beyond idle, of a step and of a token. TraceUnsupported: the shape's prompts hide its steps."""
+        prompts_j, seconds = 0.0, self.config.instrument.energy_seconds
+        samples = steps = 1  # that one batch of prompts gives
+        if shape.phase == "decode":
+            samples, steps = shape.width, shape.width + DECODE_WARMUP_STEPS
+            alone = meter.spend(self._rounds_of(Shape("prefill", shape.batch_size, shape.prompt_len), 1), seconds)
+            prompts_j = alone.joules / alone.rounds
+        spent = meter.spend(self._rounds_of(shape, samples), seconds)
+        step_j = (spent.joules / spent.rounds - prompts_j) / steps
+        if step_j <= 0:
+            raise TraceUnsupported("Its steps take no more than idle, or less than their prompts can be told to.")
+        return {
+            "status": "ok", "arm": self.engine.arm, "mode": tables.timed_mode(self.engine, shape),
+            "j_per_step": step_j, "j_per_token": step_j / shape.new_tokens, "idle_w": meter.idle_w,
+            "prompts_share": prompts_j * spent.rounds / spent.joules, "rounds": spent.rounds,
+            "seconds": spent.seconds,
+        }  # fmt: skip
+
+    def _rounds_of(self, shape: Shape, samples: int) -> Callable[[], None]:
+        """What takes so many samples of `shape` and leaves the engine idle; once done already."""
+        steps = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature)
+
+        def once() -> None:
+            source = steps.samples(shape)
+            try:
+                for _ in range(samples):
+                    next(source)
+            finally:
+                source.close()
+
+        once()
+        return once
+
     def _record_kernels(self, shape: Shape, probe: KernelProbe) -> None:
         conf, model = self.config.instrument, self.config.model
         source = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature, probe).samples(shape)
@@ -339,7 +402,7 @@ class Measurement:
                 reason = f"out of memory: {reason}"
                 if self.device != "cpu":
                     torch.cuda.empty_cache()
-            mode = tables.timed_mode(self.engine, shape) if name in (TIMED, HOST, KERNELS) else name
+            mode = tables.timed_mode(self.engine, shape) if name in (TIMED, HOST, KERNELS, ENERGY) else name
             self.writer.add_steps([tables.failed_row(self.engine, shape, mode, name != TIMED, reason)])
             self.passes[shape][name] = {"status": reason}
             self.failures.append(f"{shape}, {name}: {reason}")

@@ -15,6 +15,7 @@ import torch
 from engines.base import Engine, InputError, Request, SamplingParams
 from harness.limits import Work
 from harness.passes import ShapeSteps, UnexpectedStep, out_of_memory, undisturbed
+from harness.statistics import warmup_count
 from harness.workloads import Call, Prompts, Shape
 
 PREFILL_STEPS = 5
@@ -127,11 +128,13 @@ class Blocks:
                     self._measure(item)
 
     def _steps(self, shape: Shape) -> list[float]:
+        """The steps of one block, without those at its beginning that still find what other engines left."""
         source = ShapeSteps(self._engine, self._prompts, self._temperature).samples(shape)
         count = PREFILL_STEPS if shape.phase == "prefill" else shape.width
         try:
             with undisturbed():
-                return [sample.wall_us / 1e3 for sample in islice(source, count)]
+                steps_ms = [sample.wall_us / 1e3 for sample in islice(source, count)]
+            return steps_ms[warmup_count(steps_ms) :]
         finally:
             source.close()
 

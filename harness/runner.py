@@ -182,6 +182,9 @@ class Session:
         if conf.kernels:
             with self._phase("trace_kernels"):
                 measured.trace_kernels()
+        if conf.energy:
+            with self._phase("energy"):
+                measured.measure_energy()
         with self._cuda_profiler():
             with self._phase("trace_eager"):
                 measured.trace("eager", timers=conf.eager)
@@ -256,6 +259,9 @@ class Session:
         for shape, found in ((shape, p.get(TIMED, {}).get("gpu") or {}) for shape, p in passes.items()):
             if found.get("throttled"):
                 yield f"{shape}: the GPU was throttled ({', '.join(found['throttle_reasons'])})."
+        if held := [reasons for reasons in self.measured.throttled_blocks if reasons]:
+            names = ", ".join(sorted(set().union(*held)))
+            yield f"After {len(held)} of {len(self.measured.throttled_blocks)} blocks the GPU was throttled ({names})."
         paces = {shape: pace for shape, p in passes.items() if (pace := p.get(TIMED, {}).get("host_pace"))}
         for shape, times in slowdowns(paces).items():
             yield f"{shape}: the host was {times:.1f} times slower than at its best in this run (host_pace)."

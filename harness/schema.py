@@ -114,6 +114,12 @@ ROUNDS = _table(
     _column("samples", pa.int32(), "Steps or calls in the block, whose median is `value`; 0 if it failed."),
     _column("value", pa.float64(), "The block's median; null if it failed.", nullable=True),
     _column("status", pa.string(), "ok, or the reason why this block has no value."),
+    _column(
+        "throttled",
+        pa.bool_(),
+        "Whether the GPU held its clocks back at the block's end; null: not known.",
+        nullable=True,
+    ),
 )
 OPS = _table(
     _column("run_id", pa.string(), "The run that measured this row."),

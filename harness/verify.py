@@ -110,7 +110,7 @@ def differences(reference: Tensor, other: Tensor, tokens: Sequence[int]) -> Tens
     `reference` and `other` are logits [n, vocab] of the positions that produce `tokens`.
     """
     ref, ours = reference.double().log_softmax(-1), other.double().log_softmax(-1)
-    index = torch.tensor(tokens).unsqueeze(1)
+    index = torch.tensor(tokens, device=ref.device).unsqueeze(1)
     kl = (ref.exp() * (ref - ours)).sum(-1)
     nll_delta = (ref.gather(1, index) - ours.gather(1, index)).abs().squeeze(1)
     return torch.stack([kl, nll_delta, (ref.argmax(-1) == ours.argmax(-1)).double()], dim=1)

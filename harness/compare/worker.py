@@ -78,16 +78,14 @@ def main(link: Connection, config: Config, run_dir: Path) -> None:
 def _obey(session: Session, order: Order) -> Answer:
     from harness.rounds import BlockFailed, items
 
-    item, measured = items(session.work)[order.item], session.measured
-    blocks = measured.blocks(session.work.requests)
+    item, measured, requests = items(session.work)[order.item], session.measured, session.work.requests
     if order.warm_up:
         try:
-            blocks.warm_up(item)
+            measured.blocks(requests).warm_up(item)
         except BlockFailed as error:
             return Answer("failed", str(error))
         return Answer("done")
-    row = blocks.row(item, order.launch, order.round, order.started_s)
-    measured.writer.add_rounds([row])
+    row = measured.block(item, order.launch, order.round, order.started_s, requests)
     measured.writer.flush()  # a process may end any time, and nobody is timing now
     return Answer("done") if row["status"] == "ok" else Answer("failed", row["status"])
 

@@ -18,6 +18,7 @@ from scripts.tables import (
     pairs,
     traces,
     trial,
+    validation,
     verification,
 )
 from scripts.tables.registry import TABLES, InputError, filled, stale, table
@@ -40,5 +41,6 @@ __all__ = [
     "table",
     "traces",
     "trial",
+    "validation",
     "verification",
 ]

@@ -7,11 +7,16 @@ from types import SimpleNamespace
 import pytest
 
 from engines.base import Request, RequestResult, SamplingParams
-from harness import rounds
+from harness import machine, rounds
 from harness.config import compose
+from harness.instruments.nvtx import Ranges
 from harness.limits import Work
+from harness.measurement import Measurement
+from harness.progress import Reporter
+from harness.results import RunWriter, load
 from harness.rounds import BlockFailed, Blocks, items
 from harness.workloads import Prompts
+from tests.harness.test_runner import Scripted
 
 
 class Clocked:
@@ -94,3 +99,46 @@ def test_a_tpot_below_nothing_is_no_value(clocked) -> None:
     *_, decode = items(_work("workload=tpot"))
     with pytest.raises(BlockFailed, match="no longer than one"):
         Blocks(clocked, Prompts(100, 0), 0.6, []).measure(decode)
+
+
+def test_steps_that_still_warm_up_do_not_count(monkeypatch) -> None:
+    """13 slow steps before 51 of 2 ms: the three batches of five that are slow go."""
+    engine = Scripted()
+    advance, now_ns = engine.advance, [0]
+
+    def clocked_advance() -> None:
+        advance()
+        decoded = sum(line.startswith("decode") for line in engine.log)
+        now_ns[0] += 2_000_000 if decoded > 16 else 9_000_000  # 3 come before those that are timed
+
+    monkeypatch.setattr(engine, "advance", clocked_advance)
+    monkeypatch.setattr("harness.passes.time", SimpleNamespace(perf_counter_ns=lambda: now_ns[0]))
+    item = items(_work("workload=latency", "workload.prefill=[]", "workload.decode=[[4,256]]"))[0]
+    samples = Blocks(engine, Prompts(100, 0), 0.6, []).measure(item)
+    assert samples == pytest.approx([2.0] * 49)
+
+
+@pytest.mark.parametrize(
+    ("states", "marks", "kept"),
+    [
+        (
+            [{"throttled": False, "throttle_reasons": ["gpu_idle"]}, {"throttled": True, "throttle_reasons": ["hot"]}],
+            [False, True],
+            [[], ["hot"]],
+        ),
+        ([None, {"throttled": None, "throttle_reasons": None}], [None, None], [[], []]),
+    ],
+)
+def test_blocks_say_whether_the_gpu_was_throttled(tmp_path, monkeypatch, states, marks, kept) -> None:
+    config = compose(["engine=nano", "model=tiny", "workload=latency", "workload.prefill=[[1,8]]"])
+    coming = iter(states)
+    monkeypatch.setattr(machine, "gpu_state", lambda: next(coming))
+    writer = RunWriter(tmp_path, "run")
+    measured = Measurement(config, Scripted(), "cuda", [], writer, Ranges(False), Reporter())
+    item = items(Work.of(config, "cuda"))[0]
+    for number in range(2):
+        measured.block(item, 0, number, 0.0, [])
+    writer.flush()
+    writer.write_run({"engine": "scripted", "status": "ok"})
+    assert [None if mark is None else bool(mark) for mark in load(tmp_path).rounds["throttled"]] == marks
+    assert measured.throttled_blocks == kept

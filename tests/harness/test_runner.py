@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -209,6 +210,19 @@ def test_a_generate_workload_gives_rounds(tmp_path: Path) -> None:
         assert told["median"] == pytest.approx(values.median())
         assert len(values) == told["samples"] >= 5
     assert (rounds["value"] > 0).all()
+
+
+def test_a_run_tells_of_throttled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(self: Any, *order: Any) -> dict[str, Any]:
+        self.throttled_blocks.append(["sw_power_cap"] if len(self.throttled_blocks) == 1 else [])
+        row = self.blocks([]).row(*order[:4])
+        return row | {"throttled": bool(self.throttled_blocks[-1])}
+
+    monkeypatch.setattr(measurement.Measurement, "block", block)
+    settings = ["workload=tpot", "workload.cpu_prefill=[[2,8]]", "workload.cpu_decode=[]", "workload.output_tokens=2"]
+    made = compose(["engine=nano", "model=tiny", f"weights={TINY}", "device=cpu", *settings, *QUICK])
+    record = run(made, tmp_path / "run", silent())
+    assert any(re.fullmatch(r"After 1 of \d+ blocks .* throttled \(sw_power_cap\)\.", w) for w in record["warnings"])
 
 
 def test_limits_come_from_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,349 @@
+"""Are an engine's decode logits as good at every captured batch size, and where contexts cross blocks and splits?
+
+    python scripts/validate.py --engines fused,nano --json results/reference/h200/validation.json
+    python scripts/validate.py --engines fused --models tiny --json FILE
+
+For each case the engine continues random prompts greedily, all at once, so that its decode steps have exactly so many
+rows: every size that graphs are captured for, up to 256; and few, some and many rows whose contexts cross 256, 512 and
+1024 tokens. Transformers then computes the same tokens' logits in float32 and in the engine's dtype, many sequences in
+a batch. Tokens drawn after the prompt itself are left out: only decode steps are judged.
+
+A case passes if the upper end of the one-sided 95 % bootstrap interval (over sequences) of the engine's mean KL over
+that of transformers in the same dtype is at most FACTOR, and the same of |dNLL|; in float32, by harness.verify's
+absolute bounds. Cases with graphs are run again without: logits of the same tokens must be equal within rounding.
+
+Models: `tiny` is the trained checkpoint of the tests in float32, `tiny-bf16` in bfloat16, others are names of
+conf/model with random weights in bfloat16. Exit codes: 0 all passed, 1 some did not, 2 it cannot be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engines.base import EngineConfig, InputError, Request, SamplingParams, Scored
+from engines.fused import LLM as Fused
+from engines.hf import load_model
+from engines.nano import LLM as Nano
+from engines.nano.graphs import BATCH_SIZES
+from harness import machine
+from harness.config import compose
+from harness.results import write_json
+from harness.verify import FLOAT32_KL, FLOAT32_NLL_DELTA, differences
+from harness.weights import resolve
+from harness.workloads import Prompts
+
+ENGINES = {"fused": Fused, "nano": Nano}
+TINY = ROOT / "tests" / "assets" / "tiny-qwen3"
+FACTOR, CONFIDENCE, RESAMPLES = 1.1, 0.95, 2000
+EQUAL = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-2}
+"""Norm of the difference of two runs' logits over the logits' norm: another order of sums, no more."""
+LARGEST = 256
+SHORTEST, LONGEST, DRAWN = 5, 40, 4
+"""Lengths of prompts of the cases by batch size, and tokens drawn after each; the first comes from the prefill."""
+BORDERS, BORDER_ROWS, BORDER_DRAWN = (256, 512, 1024), (1, 16, 64), 8
+SPREAD = 4
+"""Prompts of a border's cases end up to so many tokens apart, so that contexts cross it step by step."""
+POSITIONS = 480
+"""Decode positions of a case by batch size at least; those at borders, whose references are long, take a third. Of the
+tiny models, where few positions weigh much, TINY_TIMES as many."""
+TINY_TIMES = 6
+FORWARD_TOKENS, SEQUENCES = 16384, 256
+"""Tokens of a batch of transformers, and sequences that wait for it at most, with their logits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`groups` times `rows` prompts at once, of lengths from `shortest` to `longest`, and tokens drawn after each."""
+
+    name: str
+    rows: int
+    groups: int
+    shortest: int
+    longest: int
+    drawn: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two means, with the upper end of its one-sided interval."""
+
+    value: float
+    high: float
+
+
+def cases(max_rows: int, max_length: int, positions: int) -> list[Case]:
+    """Every bucket up to `max_rows`, and the borders that `max_length` reaches."""
+    sizes = sorted({size for size in BATCH_SIZES if size < max_rows} | {max_rows})
+    made = []
+    for rows in sizes:
+        groups = -(-positions // (rows * (DRAWN - 1)))
+        made.append(Case(f"batch {rows}", rows, groups, SHORTEST, LONGEST, DRAWN))
+    for border in BORDERS:
+        longest = border - 2
+        if longest + BORDER_DRAWN > max_length:
+            # The model ends at the border: contexts come up to it and no further.
+            longest = max_length - BORDER_DRAWN
+            if longest + BORDER_DRAWN < border:
+                continue
+        for rows in (rows for rows in BORDER_ROWS if rows <= max_rows):
+            groups = -(-positions // (3 * rows * (BORDER_DRAWN - 1)))
+            made.append(Case(f"context {border}, batch {rows}", rows, groups, longest - SPREAD, longest, BORDER_DRAWN))
+    return made
+
+
+def requests(case: Case, prompts: Prompts) -> list[Request]:
+    """One group's; lengths take turns over the case's range."""
+    sampling = SamplingParams(0.0, case.drawn, ignore_eos=True)
+    span = case.longest - case.shortest + 1
+    return [prompts.request(case.shortest + (7 * i) % span, sampling) for i in range(case.rows)]
+
+
+def decoded(scored: Sequence[Scored]) -> list[Scored]:
+    """Without the first token of each, which the prefill has drawn."""
+    return [Scored((*s.prompt_token_ids, s.token_ids[0]), s.token_ids[1:], s.logits[1:]) for s in scored]
+
+
+class Reference:
+    """Transformers in one dtype, over batches of whole sequences, padded behind their ends: causal attention does not
+    look there."""
+
+    def __init__(self, checkpoint: Path, dtype: str, device: str) -> None:
+        self.model: nn.Module = load_model(checkpoint, getattr(torch, dtype), device)
+        self.device = device
+
+    @torch.inference_mode()
+    def logits(self, sequences: Sequence[Scored]) -> list[Tensor]:
+        """[tokens, vocab] float32 of each, on the device."""
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # engines ask for less
+        try:
+            found: list[Tensor] = []
+            longest = max(len(s.prompt_token_ids) + len(s.token_ids) for s in sequences) - 1
+            size = max(1, FORWARD_TOKENS // longest)
+            for start in range(0, len(sequences), size):
+                found += self._batch(sequences[start : start + size])
+            return found
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def _batch(self, sequences: Sequence[Scored]) -> list[Tensor]:
+        ids = [torch.tensor([*s.prompt_token_ids, *s.token_ids[:-1]]) for s in sequences]
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
+        hidden = self.model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state  # type: ignore[operator]
+        counts = [len(s.token_ids) for s in sequences]
+        ends = enumerate(zip(ids, counts, strict=True))
+        rows = [hidden[i, len(one) - count : len(one)] for i, (one, count) in ends]
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        return list(head(torch.cat(rows)).float().split(counts))
+
+
+def upper_ratio(ours: Sequence[Tensor], noise: Sequence[Tensor], column: int) -> Ratio:
+    """Of the means of a column of `differences`, resampled by sequence."""
+    sums = np.array([[float(one[:, column].sum()) for one in both] for both in (ours, noise)])
+    picks = np.random.default_rng(0).integers(sums.shape[1], size=(RESAMPLES, sums.shape[1]))
+    ratios = sums[0][picks].sum(1) / sums[1][picks].sum(1)
+    return Ratio(float(sums[0].sum() / sums[1].sum()), float(np.quantile(ratios, CONFIDENCE)))
+
+
+def equality(first: Sequence[Scored], second: Sequence[Scored]) -> tuple[float, int]:
+    """Greatest relative difference of logits over positions whose tokens so far are the same, and their number."""
+    worst, compared = 0.0, 0
+    for one, other in zip(first, second, strict=True):
+        for i in range(1, len(one.token_ids)):  # the first is the prefill's
+            if one.token_ids[:i] != other.token_ids[:i]:
+                break
+            error = (one.logits[i] - other.logits[i]).norm() / one.logits[i].norm()
+            worst, compared = max(worst, float(error)), compared + 1
+            if not error <= worst:  # NaN
+                return float("inf"), compared
+    return worst, compared
+
+
+def judge(case: Case, engine: Nano, references: Sequence[Reference], prompts: Prompts) -> dict[str, Any]:
+    """One case on one engine; the references are float32 and, unless that is the engine's dtype, the engine's."""
+    found = Found(references)
+    equal: dict[str, Any] = {}
+    for group in range(case.groups):
+        asked = requests(case, prompts)
+        scored = engine.score(asked)
+        if group == 0 and engine.runner.graphs is not None:
+            worst, compared = equality(scored, without_graphs(engine, asked))
+            equal = {"graph_against_eager": worst, "graph_positions": compared}
+        found.add(decoded(scored))
+    found.flush()
+    return verdict(case, found.ours, found.noise, engine.config.dtype) | outcome_of(equal, engine.config.dtype)
+
+
+class Found:
+    """`differences` to float32, of an engine and of transformers in its dtype; sequences are looked at many at once."""
+
+    def __init__(self, references: Sequence[Reference]) -> None:
+        self.references = references
+        self.ours: list[Tensor] = []
+        self.noise: list[Tensor] = []
+        self._waiting: list[Scored] = []
+
+    def add(self, sequences: Sequence[Scored]) -> None:
+        self._waiting += sequences
+        if len(self._waiting) >= SEQUENCES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Look at all that wait."""
+        sequences, self._waiting = self._waiting, []
+        if not sequences:
+            return
+        first, *others = self.references
+        truth = first.logits(sequences)
+        self.ours += compared(truth, [s.logits.to(first.device) for s in sequences], sequences)
+        for other in others:
+            self.noise += compared(truth, other.logits(sequences), sequences)
+
+
+def compared(truth: Sequence[Tensor], other: Sequence[Tensor], sequences: Sequence[Scored]) -> list[Tensor]:
+    """`differences` of each sequence, on the CPU."""
+    pairs = zip(truth, other, sequences, strict=True)
+    return [differences(ref, logits, s.token_ids).cpu() for ref, logits, s in pairs]
+
+
+def without_graphs(engine: Nano, asked: Sequence[Request]) -> list[Scored]:
+    """The same requests by single launches."""
+    runner = engine.runner
+    graphs, runner.graphs = runner.graphs, None
+    try:
+        return engine.score(asked)
+    finally:
+        runner.graphs = graphs
+
+
+def outcome_of(equal: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """`equal` with whether it is: nothing to compare is not."""
+    if not equal:
+        return {}
+    close = equal["graph_positions"] > 0 and equal["graph_against_eager"] <= EQUAL[dtype]
+    return {**equal, "graphs_passed": close}
+
+
+def verdict(case: Case, ours: Sequence[Tensor], noise: Sequence[Tensor], dtype: str) -> dict[str, Any]:
+    """Means, ratios and whether the case passes; comparisons are written so that NaN fails."""
+    kl, nll, greedy = torch.cat(list(ours)).mean(0).tolist()
+    made: dict[str, Any] = {"case": asdict(case), "positions": sum(map(len, ours)), "kl": kl, "nll_delta": nll}
+    made |= {"greedy_agreement": greedy}
+    if dtype == "float32":
+        return made | {"passed": kl <= FLOAT32_KL and nll <= FLOAT32_NLL_DELTA}
+    ratios = upper_ratio(ours, noise, 0), upper_ratio(ours, noise, 1)
+    base = torch.cat(list(noise)).mean(0).tolist()
+    made |= {"noise_kl": base[0], "noise_nll_delta": base[1]}
+    made |= {"kl_ratio": asdict(ratios[0]), "nll_delta_ratio": asdict(ratios[1])}
+    return made | {"passed": all(r.high <= FACTOR for r in ratios)}
+
+
+def setting(model: str, device: str, max_rows: int) -> tuple[EngineConfig, int]:
+    """What an engine is started with for `model`, and the model's vocabulary. InputError: there is no such model."""
+    if model in ("tiny", "tiny-bf16"):
+        dtype, block, length, vocab, checkpoint = "float32", 16, 1024, 256, TINY
+        if model == "tiny-bf16":
+            dtype = "bfloat16"
+    else:
+        conf = compose(["engine=fused", f"model={model}"]).model
+        checkpoint = resolve(conf, "random", 0).path
+        dtype, block, length, vocab = "bfloat16", 256, 1280, conf.vocab_size
+    room = -(-(LONGEST + DRAWN) // block) * block * max_rows
+    at_border = -(-length // block) * block * max(rows for rows in BORDER_ROWS if rows <= max_rows)
+    config = EngineConfig(
+        checkpoint, dtype=dtype, device=device, max_model_len=length, max_num_seqs=max_rows,
+        max_num_batched_tokens=16384, kv_cache_tokens=max(room, at_border), options={"block_size": block},
+    )  # fmt: skip
+    return config, vocab
+
+
+def validated(engine_name: str, model: str, device: str, max_rows: int, positions: int) -> Iterator[dict[str, Any]]:
+    """The rows of one engine and model, as they are measured."""
+    config, vocab = setting(model, device, max_rows)
+    engine = ENGINES[engine_name](config)
+    dtypes = ["float32"] if config.dtype == "float32" else ["float32", config.dtype]
+    references = [Reference(config.checkpoint, dtype, device) for dtype in dtypes]
+    prompts = Prompts(vocab, seed=2)
+    try:
+        times = TINY_TIMES if config.checkpoint == TINY else 1
+        for case in cases(max_rows, config.max_model_len, times * positions):
+            start_s = time.perf_counter()
+            row = {"engine": engine_name, "model": model, "dtype": config.dtype}
+            row |= judge(case, engine, references, prompts)
+            yield row | {"seconds": time.perf_counter() - start_s}
+    finally:
+        engine.close()
+        references.clear()
+        gc.collect()
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """For people."""
+    text = f"{row['engine']:6} {row['model']:12} {row['case']['name']:24} {row['positions']:5}  KL {row['kl']:.2e}"
+    if "kl_ratio" in row:
+        ratios = row["kl_ratio"], row["nll_delta_ratio"]
+        text += "".join(f"  {r['value']:.2f} (<= {r['high']:.2f})" for r in ratios)
+    if "graphs_passed" in row:
+        text += f"  graphs {row['graph_against_eager']:.1e} ({row['graph_positions']})"
+    return f"{text}  {row['seconds']:.1f} s  {'passed' if passed(row) else 'FAILED'}"
+
+
+def passed(row: Mapping[str, Any]) -> bool:
+    """Both checks of a case."""
+    return row["passed"] and row.get("graphs_passed", True)
+
+
+def main() -> int:
+    """Exit code 0, 1 or 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", default="fused,nano", help="default: %(default)s")
+    parser.add_argument("--models", default="tiny,tiny-bf16,qwen3-0.6b", help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=LARGEST, help="the largest batch (default: %(default)s)")
+    parser.add_argument("--positions", type=int, default=POSITIONS, help="of a case (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
+    if len(sys.argv) == 1:
+        parser.print_help()
+        return 0
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    provenance = machine.provenance()
+    name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
+    made: dict[str, Any] = {"device": name, "provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": []}
+    try:
+        for model in arguments.models.split(","):
+            for engine in arguments.engines.split(","):
+                if engine not in ENGINES:
+                    raise InputError(f"There is no engine {engine} to validate: {', '.join(ENGINES)}.")
+                for row in validated(engine, model, device, arguments.rows, arguments.positions):
+                    made["rows"].append(row)
+                    print(line(row), flush=True)
+                    if arguments.json:  # whatever comes after, this much is there
+                        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                        write_json(arguments.json, made)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    failed = [row for row in made["rows"] if not passed(row)]
+    print(f"{len(made['rows']) - len(failed)} of {len(made['rows'])} cases passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The soak with few requests on the CPU: it passes, and sees lost blocks, wrong tokens, ties and growing memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engines.fused import LLM as Fused
+from engines.nano.block_manager import BlockManager
+from scripts import soak
+from scripts.tables import validation
+from tests.engines import reference
+
+FEW = 24
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """The command's exit code, and its JSON file."""
+    file = tmp_path_factory.mktemp("soak") / "soak.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soak, "PAUSE_STEPS", 4)  # little time to recover
+        patch.setattr(soak, "CACHE_TOKENS", 512)
+        patch.setattr(sys, "argv", ["soak", "--requests", str(FEW), "--device", "cpu", "--json", str(file)])
+        return soak.main(), file
+
+
+def test_it_passes_and_the_table_shows_it(outcome):
+    code, file = outcome
+    made = json.loads(file.read_text())
+    assert code == 0 and made["passed"]
+    assert made["preemptions"] > 0 and made["aborted"] > 0
+    assert made["free_blocks"] == {"start": 32, "end": 32}
+    shown = validation.soak(str(file))
+    assert f"| tokens equal to nano's | {made['equal_tokens']:,} |" in shown
+    assert "| free blocks at the start and at the end | 32, 32 |" in shown
+    assert validation.soak("nothing.json").startswith("Not measured yet")
+
+
+def test_jobs_are_the_same_for_the_same_seed():
+    assert soak.jobs(50, 3) == soak.jobs(50, 3) != soak.jobs(50, 4)
+    arrivals = [job.arrival for job in soak.jobs(200, 0)]
+    assert arrivals == sorted(arrivals)
+
+
+def test_a_lost_block_is_seen(monkeypatch):
+    release, lost = BlockManager.release, []
+
+    def forgetful(self, sequence):
+        if not lost and len(sequence.block_table) > 1:
+            lost.append(sequence.block_table.pop())
+        release(self, sequence)
+
+    monkeypatch.setattr(BlockManager, "release", forgetful)
+    engine = Fused(soak.engine_config("cpu"))
+    ran = soak.soak(engine, soak.jobs(3, 0))
+    assert ran.free_blocks == (192, 191)
+
+
+def jobs_and_tokens():
+    """Two jobs that are not aborted, one that is, and what transformers continues their prompts with."""
+    todo = [replace(job, abort_after=None) for job in soak.jobs(3, 1)]
+    todo[2] = replace(todo[2], abort_after=1)
+    continued = reference.greedy([list(job.request.prompt_token_ids) for job in todo], 5)
+    return todo, {job.request.request_id: tokens for job, tokens in zip(todo, continued, strict=True)}
+
+
+def test_wrong_and_missing_tokens_are_seen():
+    todo, expected = jobs_and_tokens()
+    config = soak.engine_config("cpu")
+    assert soak.compare(todo, expected, expected, config) == soak.Comparison(15, 0, [], [])
+    wrong = {**expected, "0": [*expected["0"][:3], (expected["0"][3] + 1) % 256, expected["0"][4]]}
+    assert soak.compare(todo, wrong, expected, config) == soak.Comparison(13, 0, [], ["0"])
+    short = {**expected, "1": expected["1"][:2], "2": expected["2"][:2]}  # the third was aborted
+    assert soak.compare(todo, short, expected, config) == soak.Comparison(9, 1, [], ["1"])
+
+
+@pytest.mark.parametrize(("gap", "ties", "differing"), [(0.5 * soak.TIE, ["0"], []), (2 * soak.TIE, [], ["0"])])
+def test_a_tie_is_either_tokens(monkeypatch, gap, ties, differing):
+    todo, expected = jobs_and_tokens()
+    other = {**expected, "0": [expected["0"][0] ^ 1, *expected["0"][1:]]}
+
+    def logits(checkpoint, sequences, dtype, device):
+        ((prompt, _),) = sequences
+        assert prompt == todo[0].request.prompt_token_ids
+        row = torch.zeros(1, 260)
+        row[0, expected["0"][0]], row[0, expected["0"][0] ^ 1] = 9.0, 9.0 - gap
+        return [row]
+
+    monkeypatch.setattr(soak, "teacher_forced_logits", logits)
+    found = soak.compare(todo, other, expected, soak.engine_config("cpu"))
+    assert (found.equal_tokens, found.ties, found.differing) == (10, ties, differing)
+
+
+def test_growth_is_of_the_second_half_over_the_first():
+    flat = [{"host_bytes": held} for held in (100, 900, 400, 500, 800, 850)]
+    assert soak.growth(flat) == {"host_bytes": -50}
+    leaking = [{"host_bytes": 1000 * n, "allocated_bytes": 7} for n in range(10)]
+    assert soak.growth(leaking) == {"host_bytes": 5000, "allocated_bytes": 0}

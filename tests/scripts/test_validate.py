@@ -1,0 +1,143 @@
+"""Validation of decode logits: rows of its steps, its reference, its bounds, and that it sees an engine that is off."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engines.base import Scored
+from engines.fused import LLM as Fused
+from engines.hf import teacher_forced_logits
+from scripts import validate
+from scripts.tables import validation
+from scripts.validate import Case, Reference
+from tests.engines import reference
+
+ROWS = 4
+
+
+def config(dtype: str = "float32"):
+    return validate.setting("tiny" if dtype == "float32" else "tiny-bf16", "cpu", ROWS)[0]
+
+
+def test_every_bucket_and_every_border_that_the_model_reaches():
+    found = validate.cases(256, 1280, 480)
+    sizes = [case.rows for case in found if case.name.startswith("batch")]
+    assert sizes == [1, 2, 4, 8, *range(16, 257, 16)]
+    assert all(c.groups * c.rows * (c.drawn - 1) >= 480 for c in found if c.name.startswith("batch"))
+    borders = {(case.longest, case.rows) for case in found if case.name.startswith("context")}
+    assert borders == {(border - 2, rows) for border in (256, 512, 1024) for rows in (1, 16, 64)}
+    for case in found:
+        if case.name.startswith("context"):  # contexts of decode steps lie on both sides of the border
+            border = case.longest + 2
+            assert case.longest + 1 < border < case.shortest + case.drawn - 1
+    tiny = [case for case in validate.cases(4, 1024, 480) if case.name.startswith("context 1024")]
+    assert [case.longest + case.drawn for case in tiny] == [1024]
+
+
+def test_decode_steps_have_exactly_so_many_rows(monkeypatch):
+    engine, seen = Fused(config()), []
+    decode = engine.runner._decode
+    monkeypatch.setattr(engine.runner, "_decode", lambda rows, longest: seen.append(rows) or decode(rows, longest))
+    case = Case("batch 3", 3, 2, 5, 9, 4)
+    prompts = validate.Prompts(256, 0)
+    lengths = []
+    for _ in range(case.groups):
+        asked = validate.requests(case, prompts)
+        lengths += [len(request.prompt_token_ids) for request in asked]
+        engine.score(asked)
+    assert seen == [3] * (3 + 3)  # the first of four tokens comes from the prefill
+    assert set(lengths) <= set(range(5, 10)) and len(set(lengths)) > 1
+
+
+def test_the_padded_reference_is_the_one_by_one(monkeypatch):
+    monkeypatch.setattr(validate, "FORWARD_TOKENS", 64)  # several batches
+    asked = reference.requests(reference.text_prompts((3, 40, 17, 29, 5)), 4)
+    scored = validate.decoded(Fused(config()).score(asked))
+    assert [len(s.token_ids) for s in scored] == [3] * 5
+    found = Reference(reference.TINY, "float32", "cpu").logits(scored)
+    sequences = [(s.prompt_token_ids, s.token_ids) for s in scored]
+    expected = teacher_forced_logits(reference.TINY, sequences, torch.float32, "cpu")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_the_upper_end_is_that_of_the_normal_theory():
+    """Sums of 400 sequences with a known spread: the mean's ratio has a standard error that can be written down."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.full((1, 1), 1.0) for _ in range(400)]
+    ours = [torch.full((1, 1), 1.0 + 0.5 * float(torch.randn((), generator=generator))) for _ in range(400)]
+    found = validate.upper_ratio(ours, noise, 0)
+    values = torch.cat(ours)
+    assert found.value == pytest.approx(float(values.mean()))
+    error = float(values.std(correction=0)) / 20
+    assert found.high - found.value == pytest.approx(1.645 * error, rel=0.1)
+
+
+def scored(logits: torch.Tensor, tokens: tuple[int, ...]) -> Scored:
+    return Scored((1,), tokens, logits)
+
+
+def test_graphs_are_compared_as_far_as_tokens_are_the_same():
+    logits = torch.ones(4, 9)
+    other = logits.clone()
+    other[2] *= 1.5
+    other[3] *= 100.0
+    assert validate.equality([scored(logits, (1, 2, 3, 4))], [scored(other, (1, 2, 9, 4))]) == (pytest.approx(0.5), 2)
+    assert validate.equality([scored(logits, (1, 2, 3, 4))], [scored(other, (8, 2, 3, 4))]) == (0.0, 0)
+    other[1] = float("nan")
+    assert validate.equality([scored(logits, (1, 2, 3, 4))], [scored(other, (1, 2, 3, 4))])[0] == float("inf")
+    assert not validate.outcome_of({"graph_against_eager": 0.0, "graph_positions": 0}, "float32")["graphs_passed"]
+    assert validate.outcome_of({"graph_against_eager": 1e-5, "graph_positions": 3}, "float32")["graphs_passed"]
+    assert not validate.outcome_of({"graph_against_eager": 1e-3, "graph_positions": 3}, "float32")["graphs_passed"]
+
+
+@pytest.mark.parametrize(("dtype", "off"), [("float32", 0.01), ("bfloat16", 0.5)])
+def test_an_engine_that_is_off_fails(dtype, off, monkeypatch):
+    engine = Fused(config(dtype))
+    references = [Reference(reference.TINY, name, "cpu") for name in dict.fromkeys(("float32", dtype))]
+    case = Case("batch 4", 4, 12, 5, 20, 4)
+    right = validate.judge(case, engine, references, validate.Prompts(256, 0))
+    assert right["positions"] == 4 * 12 * 3
+    if dtype == "float32":
+        assert right["passed"]
+    score, generator = engine.score, torch.Generator().manual_seed(0)
+
+    def worse(asked):
+        return [
+            replace(s, logits=s.logits + off * torch.randn(s.logits.shape, generator=generator)) for s in score(asked)
+        ]
+
+    monkeypatch.setattr(engine, "score", worse)
+    wrong = validate.judge(case, engine, references, validate.Prompts(256, 0))
+    assert not wrong["passed"]
+    assert wrong["kl"] > 10 * right["kl"]
+
+
+def test_the_command_writes_what_the_table_shows(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "validation.json"
+    monkeypatch.setattr(validate, "BORDERS", ())
+    monkeypatch.setattr(validate, "TINY_TIMES", 1)
+    arguments = ["--engines", "fused,nano", "--models", "tiny", "--rows", "2", "--positions", "6", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["validate", *arguments, "--json", str(file)])
+    assert validate.main() == 0
+    assert "4 of 4 cases passed" in capsys.readouterr().out
+    made = json.loads(file.read_text())
+    assert [(row["engine"], row["case"]["rows"], row["positions"]) for row in made["rows"]] == [
+        ("fused", 1, 6), ("fused", 2, 6), ("nano", 1, 6), ("nano", 2, 6)
+    ]  # fmt: skip
+    made["rows"][1] |= {
+        "kl_ratio": {"value": 0.5, "high": 0.75}, "nll_delta_ratio": {"value": 1.0, "high": 1.2}, "passed": False,
+        "graph_against_eager": 2e-3,
+    }  # fmt: skip
+    file.write_text(json.dumps(made))
+    shown = validation.validation(str(file))
+    worst = max(row["kl"] for row in made["rows"][:2])
+    row = f"| fused | tiny | float32 | batch sizes | 2 | 1 | 12 | {worst:.1e} | 0.50 – 0.50 (≤ 0.75) |"
+    assert f"{row} 1.00 – 1.00 (≤ 1.20) | 2.0e-03 |" in shown
+    assert "Failed: fused tiny batch 2." in shown
+    assert validation.validation("nothing.json").startswith("Not measured yet")
