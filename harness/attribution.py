@@ -9,14 +9,16 @@ two of them is known from the model's order of operations:
 Between qkv and o names decide where they say something; what they leave open belongs to all operations that fit there,
 joined with "+". An operation without a kernel of its own is done by the matrix product beside it: a norm by the one
 after, the activation by the one before. So a decode step of the fused engine may mix, product by product, its own
-kernels with those of cuBLAS and separate norms. Every layer must come out with the same operations.
+kernels with those of cuBLAS and separate norms. Every layer must come out with the same operations; but the first one's
+norm has no product before it that could have done a part of it, and the last one may go on with the rows alone that
+logits are wanted of, which it picks by kernels that count to what they pick for, and with other kernels for so few rows.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from engines.base import NO_LAYER, OPS, Site
 
@@ -32,6 +34,7 @@ _MAY_NORM = re.compile(r"norm_linear|decode_(linear|head)")
 """Matrix products that can do the norm before them too."""
 _ADD = re.compile(r"CUDAFunctor_add|fused_add_\d+$")
 _EMBED = re.compile(r"indexSelect|index_select|gather|embedding|embed_rows")
+_PICK = re.compile(r"indexSelect|vectorized_gather")
 _NORM = re.compile(r"norm|rsqrt")
 _ROPE = re.compile(r"rotary|rope|_cat_|_sin_|_cos_")
 _KV_WRITE = re.compile(r"cache|write_kv|kv_write")
@@ -153,8 +156,11 @@ def _attribute_layer(
         ("mlp", down, ["down_proj"]),
     ):
         _put(sites, where, Site(layer, block, "+".join(ops)))
-    for i, found in zip(middle, _middle_ops([names[i] for i in middle], middle_ops), strict=True):
+    named = [i for i in middle if not _PICK.search(names[i])] or list(middle)
+    for i, found in zip(named, _middle_ops([names[i] for i in named], middle_ops), strict=True):
         sites[i] = Site(layer, "attention", "+".join(op for op in OPS if op in found))
+    for i in reversed(middle):
+        sites[i] = sites[i] or sites[i + 1]
 
 
 def _attribute_end(names: Sequence[str], sites: list[Site | None], start: int, head: range) -> None:
@@ -212,14 +218,17 @@ def _distance(rank: int, wanted: int) -> float:
 
 
 def _check_alike(sites: Sequence[Site | None], num_layers: int) -> None:
-    """Layers must do the same operations in the same number of kernels; layer 0 may lack its first norm."""
+    """Layers must do the same operations in the same number of kernels; the first may do its first norm in another
+    way, or lack it, and the last an operation in more or fewer kernels."""
     ops: list[list[str]] = [[] for _ in range(num_layers)]
     for site in sites:
         if site is not None and site.layer_index != NO_LAYER:
             ops[site.layer_index].append(site.op)
-    if num_layers > 1 and _has_no_norm(ops[0]) and ops[1][:1] == ["input_norm"]:
-        ops[0].insert(0, "input_norm")
     for layer, (one, other) in enumerate(pairwise(ops)):
+        if layer == 0:
+            one, other = _without_norm(one), _without_norm(other)
+        if layer + 2 == num_layers:
+            one, other = _once_each(one), _once_each(other)
         if one != other:
             at, left, right = first_difference(one, other)
             raise NotDivisible(
@@ -227,8 +236,13 @@ def _check_alike(sites: Sequence[Site | None], num_layers: int) -> None:
             )
 
 
-def _has_no_norm(ops: Sequence[str]) -> bool:
-    return not any("input_norm" in op for op in ops)
+def _without_norm(ops: Sequence[str]) -> list[str]:
+    return [op.removeprefix("input_norm+") for op in ops if op != "input_norm"]
+
+
+def _once_each(ops: Sequence[str]) -> list[str]:
+    """`ops` with neighbours that are the same taken together."""
+    return [op for op, _ in groupby(ops)]
 
 
 def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, str, str]:

@@ -264,7 +264,34 @@ def test_sequences_that_are_no_step() -> None:
     with pytest.raises(
         NotDivisible, match="Layers 1 and 2 differ: kernel 6 of the one is o_proj, of the other attention"
     ):
-        attribute(START + LAYER * 2 + odd + END, 3, True)
+        attribute(START + LAYER * 2 + odd + LAYER + END, 4, True)
+
+
+def test_the_last_layer_may_pick_rows_and_take_other_kernels_for_them() -> None:
+    pick = "void at::native::(anonymous namespace)::indexSelectLargeIndex<c10::BFloat16>(...)"
+    at = LAYER.index(GEMM) + 1
+    o = LAYER.index(GEMM, at)
+    first, attends, rest = LAYER[:at], LAYER[at:o], LAYER[o:]
+    plain = attribute([*START, *LAYER * 3, *END], 3, True)[len(START) :]
+    last = [*first, *attends[:-1], pick, attends[-1], pick, *rest, "cublasLt::splitKreduce_kernel"]
+    found = attribute([*START, *LAYER * 2, *last, *END], 3, True)[len(START) :]
+    assert found[: 2 * len(LAYER)] == plain[: 2 * len(LAYER)]
+    ops = [s.op for s in plain[2 * len(LAYER) : 3 * len(LAYER)] if s]
+    expected = [*ops[: o - 1], "attention", "attention", "o_proj", *ops[o:], "down_proj"]
+    assert [s.op for s in found[2 * len(LAYER) : 2 * len(LAYER) + len(last)] if s] == expected
+    assert {s.layer_index for s in found[2 * len(LAYER) : 2 * len(LAYER) + len(last)] if s} == {2}
+    with pytest.raises(NotDivisible, match="Layers 0 and 1 differ"):  # but no layer before it
+        attribute([*START, *LAYER, *last, *LAYER, *END], 3, True)
+
+
+def test_the_first_layer_may_norm_by_itself() -> None:
+    """Where each product leaves half of the next norm, nothing does so for the first."""
+    unit = [TILED, ATTEND, TILED, TILED, TILED]
+    found = attribute([EMBED_ROWS, NORM, *unit * 3, "decode_head_kernel", "choose_token_kernel"], 3, True)
+    ops = [s.op for s in found if s]
+    assert ops[1:3] == ["input_norm", "qkv_proj"] and ops[7] == ops[12] == "input_norm+qkv_proj"
+    with pytest.raises(NotDivisible, match="Layers 1 and 2 differ"):
+        attribute([EMBED_ROWS, *unit * 2, NORM, *unit, "decode_head_kernel", "choose_token_kernel"], 3, True)
 
 
 def test_first_difference() -> None:
