@@ -10,8 +10,8 @@ Between qkv and o names decide where they say something; what they leave open be
 joined with "+". An operation without a kernel of its own is done by the matrix product beside it: a norm by the one
 after, the activation by the one before. So a decode step of the fused engine may mix, product by product, its own
 kernels with those of cuBLAS and separate norms. Every layer must come out with the same operations; but the first one's
-norm has no product before it that could have done a part of it, and the last one may go on with the rows alone that
-logits are wanted of, which it picks by kernels that count to what they pick for, and with other kernels for so few rows.
+norm has no product before it that could have done a part of it, and the last one may go on with the rows alone that are
+drawn from: it picks them by kernels that count to what comes next, and takes other kernels for so few rows.
 """
 
 from __future__ import annotations

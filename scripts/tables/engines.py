@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from scripts.tables.registry import markdown, table
-from scripts.tables.sources import REFERENCE, runs
+from scripts.tables.sources import REFERENCE, run_of, runs
 
 ENGINES = ("vllm", "nano", "fused")
 
@@ -57,3 +57,29 @@ def throughput_row(throughput: list[dict[str, Any]]) -> list[str]:
     served = throughput[0]["throughput"]
     what = f"{served['requests']} requests, {served['output_tokens']:,} output tokens, tok/s"
     return [what, *(cells.get(engine, "") for engine in ENGINES)]
+
+
+@table("step-change")
+def step_change(after: str, before: str = REFERENCE, engine: str = "fused") -> str:
+    """Step times of one engine in two latency runs on GPUs of one kind, of which the second holds a change."""
+    old, new = (run_of(runs(folder), engine) for folder in (before, after))
+    old_us, new_us = _medians(old), _medians(new)
+    rows = [
+        [what, f"{old_us[what] / 1e3:.3f}", f"{us / 1e3:.3f}", f"{us / old_us[what]:.2f}×"]
+        for what, us in new_us.items()
+        if what in old_us
+    ]
+    source = (
+        f"{engine}, {new['model']}, {new['dtype']}, one {new['provenance']['gpu']['name']} for each run: ms per step, "
+        f"medians, not interleaved. Before: `{before}`, {old['started'][:10]}; after: `{after}`, {new['started'][:10]}."
+    )
+    return "\n\n".join([markdown(["step", "before", "after", "after / before"], rows), source])
+
+
+def _medians(run: dict[str, Any]) -> dict[str, float]:
+    """µs by shape, of the steps that were timed."""
+    return {
+        f"{shape['phase']} {shape['batch_size']} × {shape['tokens']:,}": shape["timed"]["wall_us"]
+        for shape in run["shapes"]
+        if shape.get("timed", {}).get("status") == "ok"
+    }

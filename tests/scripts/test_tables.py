@@ -299,6 +299,21 @@ def test_where_kernels_were_recorded_tables_read_them_and_no_events(tmp_path: Pa
     assert "nano, µs (CUPTI)" in layer
 
 
+def test_a_change_of_steps_by_hand(tmp_path: Path) -> None:
+    for name, us in (("old", (2000.0, 1000.0)), ("new", (1500.0, 1100.0))):
+        shapes = [
+            {"phase": "decode", "batch_size": 4, "tokens": 16 * (i + 1), "timed": {"status": "ok", "wall_us": time_us}}
+            for i, time_us in enumerate(us)
+        ]
+        shapes += [{"phase": "prefill", "batch_size": 1, "tokens": 1024, "timed": {"status": "failed"}}]
+        provenance = {"gpu": {"name": "Toy"}}
+        write(
+            tmp_path / name, made_up_run(shapes=shapes, started=f"2030-01-0{len(name)}T00:00:00", provenance=provenance)
+        )
+    made = engines.step_change(str(tmp_path / "new"), before=str(tmp_path / "old"), engine="nano")
+    assert cells(made) == [["decode 4 × 16", "2.000", "1.500", "0.75×"], ["decode 4 × 32", "1.000", "1.100", "1.10×"]]
+
+
 def test_step_costs_by_hand(tmp_path: Path) -> None:
     shape = {
         "phase": "decode", "batch_size": 2, "tokens": 16, "timed": {"wall_us": 1000.0},
