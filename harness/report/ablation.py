@@ -1,11 +1,10 @@
-"""What each feature of an engine is worth: its variants with features left out, beside the one that has all."""
+"""What each feature of an engine is worth: variants with other features on, against one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -15,7 +14,6 @@ from harness.report import html, style
 from harness.report.data import Comparison, Data, Setting
 from harness.report.headline import Value, lines
 from harness.report.html import Section
-from harness.report.labels import feature_set
 from harness.report.plots import Plots
 
 _DRAWN = 4
@@ -24,122 +22,174 @@ _DRAWN = 4
 
 @dataclass(frozen=True)
 class Variant:
-    """An engine with some of its features, and its values by the name of what was timed."""
+    """An engine with some of its features: `values` by the name of what was timed, and `ratios` to the reference's, of
+    rounds that ran next to each other; without them the two values are divided."""
 
+    label: str
     engine: str
     features: tuple[str, ...]
     values: dict[str, Value]
+    ratios: dict[str, Value]
+
+    def over(self, reference: Variant, item: str) -> Value:
+        """The ratio to the reference's value, with its interval where there is one."""
+        if item in self.ratios:
+            return self.ratios[item]
+        mine, its = self.values[item], reference.values[item]
+        middle, low, high = mine.over(its)
+        return Value(middle, low, high, once=mine.once or its.once)
 
 
-def of_setting(setting: Setting) -> list[list[Variant]]:
-    """The variants of each engine that ran with different features."""
+@dataclass(frozen=True)
+class Family:
+    """Variants of one engine, and the one that they are held against."""
+
+    title: str
+    reference: Variant
+    others: list[Variant]
+
+    @property
+    def items(self) -> list[str]:
+        """What the reference and another variant have both."""
+        return [item for item in self.reference.values if any(item in other.values for other in self.others)]
+
+    def ordered(self, item: str) -> list[Variant]:
+        """The others, those that change most first."""
+        return sorted(
+            (other for other in self.others if item in other.values),
+            key=lambda other: -abs(other.over(self.reference, item).median - 1),
+        )
+
+    def name(self, variant: Variant) -> str:
+        """A variant by what sets it apart from the reference."""
+        here, its = variant.features, self.reference.features
+        without, more = [f for f in its if f not in here], [f for f in here if f not in its]
+        if not (without or more):
+            return its_name(self) if variant is self.reference else f"the same features ({variant.label})"
+        parts = [f"without {'+'.join(without)}"] * bool(without) + [f"with {'+'.join(more)}"] * bool(more)
+        return " ".join(parts) if here else "no features"
+
+
+def its_name(family: Family) -> str:
+    """The reference by its features."""
+    every = {feature for other in family.others for feature in other.features}
+    if not family.reference.features:
+        return "no features"
+    return "all features" if every <= set(family.reference.features) else "+".join(family.reference.features)
+
+
+def of_setting(setting: Setting) -> Iterator[Family]:
+    """Engines that ran with different features, each run by itself, held against the one with most of them."""
     found = lines(setting)
     variants = []
     for entry in setting.entries:
         features = (entry.run.get("notes") or {}).get("features")
         if features is not None:
             values = {line.name: v for line in found if (v := line.values.get(entry.label)) and not v.reason}
-            variants.append(Variant(entry.engine, tuple(features), values))
-    return _families(variants)
+            variants.append(Variant(entry.label, entry.engine, tuple(features), values, {}))
+    for engine in dict.fromkeys(v.engine for v in variants):
+        of_engine = [v for v in variants if v.engine == engine and v.values]
+        yield from _family(str(setting), of_engine, max(of_engine, key=lambda v: len(v.features), default=None))
 
 
-def of_comparison(data: Data, comparison: Comparison) -> list[list[Variant]]:
-    """The same of the contestants of a comparison; medians over rounds, with their range."""
-    variants, engines = [], comparison.variants()
+def of_comparison(data: Data, comparison: Comparison) -> Iterator[Family]:
+    """Variants that took turns, held against the comparison's baseline; medians over rounds, with their range."""
+    engines, variants = comparison.variants(), {}
     for label in comparison.engines:
         runs = [run for run in data.runs.runs if Path(run["run_dir"]).name == folder_name(label)
                 and data.comparison_of(run) is comparison]  # fmt: skip
         features = next((f for run in runs if (f := (run.get("notes") or {}).get("features")) is not None), None)
-        if features is not None:
-            spreads = {row.name: row.cells[label].spread for row in comparison.rows}
-            values = {name: Value(s.median, s.lowest, s.highest) for name, s in spreads.items() if s is not None}
-            variants.append(Variant(engines[label][0], tuple(features), values))
-    return _families(variants)
+        if features is None:
+            continue
+        cells = {row.name: row.cells[label] for row in comparison.rows}
+        values = {name: Value(c.spread.median, c.spread.lowest, c.spread.highest) for name, c in cells.items()
+                  if c.spread is not None}  # fmt: skip
+        ratios = {name: Value(c.ratio.value, c.ratio.low, c.ratio.high, once=c.ratio.pairs < 2)
+                  for name, c in cells.items() if c.ratio is not None}  # fmt: skip
+        if values:
+            variants[label] = Variant(label, engines[label][0], tuple(features), values, ratios)
+    reference = variants.get(comparison.baseline)
+    of_engine = [v for v in variants.values() if reference and v.engine == reference.engine]
+    yield from _family(f"{comparison.model}, taking turns", of_engine, reference)
+
+
+def families(data: Data) -> list[Family]:
+    """Of all settings and comparisons; those with the same reference features, one after the other, are one."""
+    found: dict[tuple, Family] = {}
+    every = [f for s in data.settings for f in of_setting(s)]
+    for family in every + [f for c in data.comparisons for f in of_comparison(data, c)]:
+        key = family.title, family.reference.engine, family.reference.features
+        if first := found.get(key):
+            # Each keeps the ratios to the reference that took turns with it.
+            others = [replace(v, ratios={i: v.over(family.reference, i) for i in v.values if i in
+                                         family.reference.values}) for v in family.others]  # fmt: skip
+            family = replace(first, others=first.others + others)
+        found[key] = family
+    return list(found.values())
 
 
 def section(data: Data, plots: Plots) -> Section | None:
     """Bars and a table for each engine that ran with several sets of features; None where none did."""
     parts = []
-    families = [(str(s), s.slug, family) for s in data.settings for family in of_setting(s)]
-    families += [(str(c), c.slug, family) for c in data.comparisons for family in of_comparison(data, c)]
-    for title, slug, family in families:
-        engine = family[0].engine
-        caption = "Time with these features on, over all of them (line); the range is that of the headline's table."
-        parts += [html.heading(f"{engine}: {title}"),
-                  plots.add(_drawn(family), f"ablation-{engine}-{slug}", f"Features of {engine}: {title}", caption),
+    for family in families(data):
+        engine = family.reference.engine
+        title = f"{engine}, {its_name(family)} and others: {family.title}"
+        caption = (
+            f"Change of the time against {its_name(family)} (line), with the 95 % interval of rounds that ran next to "
+            "each other, or what two intervals leave open. The largest change first."
+        )
+        parts += [html.heading(title),
+                  plots.add(_drawn(family), f"ablation-{engine}-{its_name(family)}-{family.title}", title, caption),
                   html.table(*_table(family))]  # fmt: skip
     return Section("What each feature is worth", parts) if parts else None
 
 
-def names(family: Sequence[Variant]) -> list[str]:
-    """Each variant's features in few words."""
-    return [feature_set(v.features, [other.features for other in family]) for v in family]
+def _family(title: str, variants: Sequence[Variant], reference: Variant | None) -> Iterator[Family]:
+    if reference and len({v.features for v in variants}) > 1:
+        yield Family(title, reference, [v for v in variants if v is not reference])
 
 
-def _families(variants: Sequence[Variant]) -> list[list[Variant]]:
-    """By engine, most features first; engines with one set of features are left out."""
-    found = []
-    for engine in dict.fromkeys(v.engine for v in variants):
-        family = sorted((v for v in variants if v.engine == engine and v.values), key=lambda v: -len(v.features))
-        if len({v.features for v in family}) > 1:
-            found.append(family)
-    return found
-
-
-def _items(family: Sequence[Variant]) -> Iterator[str]:
-    yield from (name for name in family[0].values if any(name in v.values for v in family[1:]))
-
-
-def _drawn(family: Sequence[Variant]) -> Figure:
-    items = list(_items(family))
+def _drawn(family: Family) -> Figure:
+    items = family.items
     drawn = (
         items if len(items) <= _DRAWN else [items[round(i * (len(items) - 1) / (_DRAWN - 1))] for i in range(_DRAWN)]
     )
-    labels = names(family)
     figure, grid = plt.subplots(
-        len(drawn), 1, figsize=(8.2, len(drawn) * (0.75 + 0.28 * len(family))), squeeze=False
-    )  # fmt: skip
+        len(drawn), 1, figsize=(8.2, len(drawn) * (0.75 + 0.28 * len(family.others))), squeeze=False
+    )
     for axes, item in zip(grid.flat, drawn, strict=True):
-        whole = family[0].values[item].median
-        for place, variant in enumerate(family):
-            if value := variant.values.get(item):
-                look: dict[str, Any] = style.part("mlp" if place else "layers", variant.engine)
-                ends = [[value.median - value.low], [value.high - value.median]]
-                axes.barh(
-                    place,
-                    value.median,
-                    0.7,
-                    xerr=ends,
-                    capsize=2,
-                    ecolor=style.INK,
-                    error_kw={"elinewidth": 0.8},
-                    **look,
-                )
-                text = f"{html.number(value.median)}" + f", {value.median / whole - 1:+.1%}" * (place > 0)
-                axes.annotate(
-                    text, (max(value.high, whole), place), (6, 0), textcoords="offset points", va="center", fontsize=8
-                )
-        axes.axvline(whole, color=style.INK, linewidth=0.9)
-        axes.set_yticks(range(len(family)), labels)
-        axes.set_ylim(len(family) - 0.45, -0.55)
+        order = family.ordered(item)
+        for place, variant in enumerate(order):
+            ratio = variant.over(family.reference, item)
+            percent, low, high = (100 * (value - 1) for value in (ratio.median, ratio.low, ratio.high))
+            axes.barh(place, percent, 0.7, **style.part("mlp", variant.engine))
+            if not ratio.once:
+                axes.errorbar(percent, place, xerr=[[percent - low], [high - percent]], capsize=2, color=style.INK,
+                              elinewidth=0.8)  # fmt: skip
+            end = max(high if not ratio.once else percent, 0)
+            axes.annotate(
+                f"{percent:+.1f} %", (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.axvline(0, color=style.INK, linewidth=0.9)
+        axes.set_yticks(range(len(order)), [family.name(variant) for variant in order])
+        axes.set_ylim(len(order) - 0.45, -0.55)
         axes.margins(x=0.16)
-        axes.set_xlim(left=0)
         axes.set_title(item)
+    list(grid.flat)[-1].set_xlabel(f"% more time than with {its_name(family)}; for rates, % more of them")
     return figure
 
 
-def _table(family: Sequence[Variant]) -> tuple[list[str], list[list[html.Cell]]]:
-    rows: list[list[html.Cell]] = []
-    for item in _items(family):
-        whole = family[0].values[item]
+def _table(family: Family) -> tuple[list[str], list[list[html.Cell]]]:
+    items = family.items
+    rows: list[list[html.Cell]] = [[its_name(family), *(str(family.reference.values[item]) for item in items)]]
+    for variant in family.others:
         cells: list[html.Cell] = []
-        for place, variant in enumerate(family):
-            value = variant.values.get(item)
-            if value is None:
+        for item in items:
+            if item not in variant.values:
                 cells.append("–")
                 continue
-            ratio, low, high = value.over(whole)
-            text = html.interval(value.median, value.low, value.high)
-            cells.append((text, f"{ratio:.3f}× ({low:.3f} – {high:.3f})") if place else text)
-        rows.append([item, *cells])
-    return ["", *names(family)], rows
+            ratio = variant.over(family.reference, item)
+            ends = "" if ratio.once else f" ({ratio.low:.3f} – {ratio.high:.3f})"
+            cells.append((str(variant.values[item]), f"{ratio.median:.3f}×{ends}"))
+        rows.append([family.name(variant), *cells])
+    return ["", *items], rows

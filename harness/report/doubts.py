@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from harness.verify import NOISE_FACTOR
 
 FAILED, UNVERIFIED, DEAD = "failed", "unverified", "dead contestant"
 UNPROVEN, THROTTLED, OTHERS, LAUNCHES = "unproven", "throttled", "other processes", "few launches"
+SLOWED = "slow host"
 UNSURE, QUEUE, TRACE, NOTE = "unsure", "queue grows", "trace", "note"
 KINDS = {
     FAILED: "failed: there is no number, or not all of them",
@@ -22,6 +23,7 @@ KINDS = {
     DEAD: "dead contestants: they took no part to the end",
     UNPROVEN: "unproven: passed only because the check cannot tell",
     THROTTLED: "throttled: the GPU held its clocks back",
+    SLOWED: "slow host: something else took the processor's time",
     OTHERS: "other processes on the GPU",
     LAUNCHES: "few launches: an interval holds for these processes only",
     UNSURE: "unsure: the interval is wide, or reaches over 1",
@@ -30,14 +32,20 @@ KINDS = {
     NOTE: "notes",
 }
 BAD = (FAILED, UNVERIFIED, DEAD)
+_AROUND = ("gpu_before", "gpu_after")
+_ONLY_ON_A_GPU = re.compile(r"^No (kernels|graph) trace")
+"""What a run without a GPU cannot have: a note there, not a doubt."""
 _SAYS = (
     (re.compile(r"throttled"), THROTTLED),
+    (re.compile(r"the host was .* slower"), SLOWED),
     (re.compile(r"other processes"), OTHERS),
     (re.compile(r"not verified"), UNVERIFIED),
     (re.compile(r"^No \w+ trace|add up to|has a place in the model|left out of the trace"), TRACE),
     (re.compile(r"left out\.$"), FAILED),
 )
 """How a sentence of `run.json` tells its kind; others are notes."""
+_SAME = ": the GPU was throttled"
+"""What a run says of one shape after the other."""
 _SHOWN = 6
 """Sentences of one kind that are shown without a click."""
 
@@ -54,7 +62,7 @@ class Doubt:
 def doubts(data: Data) -> list[Doubt]:
     """Of all runs and comparisons, worst kind first, none twice."""
     found = dict.fromkeys(
-        [d for run in data.runs.runs for d in _of_run(data, run)] + [d for c in data.comparisons for d in _of(c)]
+        [d for run in data.runs.runs for d in _of_run(data, run)] + [d for c in data.comparisons for d in _of(data, c)]
     )
     order = list(KINDS)
     return sorted(found, key=lambda doubt: order.index(doubt.kind))
@@ -85,12 +93,12 @@ def section(data: Data) -> Section:
 
 def _of_run(data: Data, run: Mapping[str, Any]) -> Iterator[Doubt]:
     where = data.name_of(run)
-    told = [(_kind(text), text) for text in run.get("warnings") or ()]
-    for kind, text in told:
-        if kind == OTHERS and (comparison := data.comparison_of(run)):
-            text = f"{text} In a comparison the other contestants are ({len(comparison.engines)} in this one)."
-        yield Doubt(kind, where, text)
+    told = [(_kind(text, run), text) for text in _merged(run.get("warnings") or ())]
     kinds = {kind for kind, _ in told}
+    if data.comparison_of(run):  # the comparison says it once for all of its runs
+        told, kinds = [(kind, text) for kind, text in told if kind != OTHERS], kinds | {OTHERS}
+    for kind, text in told:
+        yield Doubt(kind, where, text)
     checks: list[tuple[str, Callable[[Data, Mapping[str, Any]], Iterator[str]]]] = [
         (FAILED, _failures), (UNVERIFIED, _unverified), (UNPROVEN, _unproven), (THROTTLED, _throttled),
         (OTHERS, _others), (UNSURE, _unsure), (QUEUE, _growing), (NOTE, _notes),
@@ -102,7 +110,18 @@ def _of_run(data: Data, run: Mapping[str, Any]) -> Iterator[Doubt]:
             yield Doubt(kind, where, text)
 
 
-def _kind(text: str) -> str:
+def _merged(texts: Sequence[str]) -> list[str]:
+    """Sentences, those that say the same of several shapes as one."""
+    shapes: dict[str, list[str]] = {}
+    for text in texts:
+        shape, same, rest = text.partition(_SAME)
+        shapes.setdefault(same + rest, []).append(shape) if same else shapes.setdefault(text, [])
+    return ["; ".join(of) + rest for rest, of in shapes.items()]
+
+
+def _kind(text: str, run: Mapping[str, Any]) -> str:
+    if run.get("device") == "cpu" and _ONLY_ON_A_GPU.search(text):
+        return NOTE
     return next((kind for pattern, kind in _SAYS if pattern.search(text)), NOTE)
 
 
@@ -141,7 +160,7 @@ def _unproven(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _throttled(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
-    states = {name: run.get(name) for name in ("gpu_before", "gpu_after")}
+    states = {name: run.get(name) for name in _AROUND}
     states |= {str(Shape.of(s)): (s.get("timed") or {}).get("gpu") for s in run.get("shapes") or ()}
     for name, state in states.items():
         if state and state.get("throttled"):
@@ -149,24 +168,40 @@ def _throttled(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _others(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("gpu_before", "gpu_after"):
-        if others := (run.get(name) or {}).get("other_processes"):
-            yield f"{len(others)} other processes were on the GPU ({name.replace('_', ' ')})."
+    for name in _AROUND:
+        if count := _others_on_gpu(run, name):
+            yield f"{_processes(count)} on the GPU ({name.replace('_', ' ')})."
+
+
+def _others_on_gpu(run: Mapping[str, Any], name: str) -> int:
+    return len((run.get(name) or {}).get("other_processes") or ())
+
+
+def _processes(count: int) -> str:
+    return f"{count} other process{' was' if count == 1 else 'es were'}"
 
 
 def _unsure(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence on all wide intervals, and one on shapes that were timed once."""
     asked = ((run.get("config") or {}).get("instrument") or {}).get("precision")
-    if asked is None:
-        return
-    for shape in run.get("shapes") or ():
-        timed = shape.get("timed") or {}
-        if timed.get("status") == "ok" and timed.get("stop") != "precision":
-            width = (timed["wall_us_high"] - timed["wall_us_low"]) / timed["wall_us"]
-            if width > asked:
-                yield (
-                    f"{Shape.of(shape)}: the interval is {width:.1%} wide where {asked:.0%} was asked; sampling ended "
-                    f"by {str(timed.get('stop', 'an unknown rule')).replace('_', ' ')}."
-                )
+    timed = [(Shape.of(s), s["timed"]) for s in run.get("shapes") or () if (s.get("timed") or {}).get("status") == "ok"]
+    if once := [str(shape) for shape, of in timed if of.get("samples") == 1]:
+        yield f"Timed once, so that there is no interval: {'; '.join(once)}."
+    wide = [
+        (width, shape, str(of.get("stop", "an unknown rule")).replace("_", " ")) for shape, of in timed
+        if asked is not None and of.get("stop") != "precision" and (width := _width(of)) > asked
+    ]  # fmt: skip
+    if wide:
+        width, shape, _ = max(wide, key=lambda of: of[0])
+        ends = " or ".join(dict.fromkeys(stop for *_, stop in wide))
+        yield (
+            f"{len(wide)} of {len(timed)} shapes have an interval wider than the {asked:.0%} that was asked, at most "
+            f"{width:.1%} ({shape}); sampling ended by {ends}."
+        )
+
+
+def _width(timed: Mapping[str, Any]) -> float:
+    return (timed["wall_us_high"] - timed["wall_us_low"]) / timed["wall_us"]
 
 
 def _growing(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
@@ -189,7 +224,7 @@ def _notes(data: Data, run: Mapping[str, Any]) -> Iterator[str]:
         yield "The code differed from its commit."
 
 
-def _of(comparison: Comparison) -> Iterator[Doubt]:
+def _of(data: Data, comparison: Comparison) -> Iterator[Doubt]:
     where = comparison.folder.name
     if comparison.record.get("status") != "ok":
         yield Doubt(FAILED, where, f"This comparison is {comparison.record.get('status')}.")
@@ -202,11 +237,27 @@ def _of(comparison: Comparison) -> Iterator[Doubt]:
             f"{comparison.launches} launch{'' if comparison.launches == 1 else 'es'}: what differs from one start of "
             f"the engines to the next is not in the intervals (from {MIN_LAUNCHES} launches on it is).",
         )
+    most = max((_others_on_gpu(run, name) for run in data.runs.runs if data.comparison_of(run) is comparison
+                for name in _AROUND), default=0)  # fmt: skip
+    if most:
+        yield Doubt(
+            OTHERS,
+            where,
+            f"Up to {_processes(most)} on the GPU beside a contestant; the other contestants are among them "
+            f"({len(comparison.engines)} in all).",
+        )
+    unsure: dict[str, list[str]] = {}
     for row in comparison.rows:
         for label, cell in row.cells.items():
             if cell.spread is None and label not in comparison.reasons:
                 yield Doubt(FAILED, where, f"{row.name}, {label}: {cell.reason}")
             elif cell.ratio and cell.ratio.pairs > 1 and cell.ratio.verdict(row.higher_is_better) == "even":
-                ends = f"{cell.ratio.low:.3f} to {cell.ratio.high:.3f}"
-                text = f"{row.name}, {label}: the ratio's interval ({ends}) reaches over 1."
-                yield Doubt(UNSURE, where, text)
+                ends = f"{row.name} ({cell.ratio.low:.3f} to {cell.ratio.high:.3f})"
+                unsure.setdefault(label, []).append(ends)
+    for label, names in unsure.items():
+        yield Doubt(
+            UNSURE,
+            where,
+            f"{label}: the ratio's interval reaches over 1 in {len(names)} of {len(comparison.rows)} rows: "
+            f"{'; '.join(names)}.",
+        )

@@ -16,16 +16,25 @@ _REASON = 80
 
 @dataclass(frozen=True)
 class Value:
-    """A median with its interval, or the reason why there is none."""
+    """A median with its interval, or the reason why there is none. `once`: of a single sample, without interval."""
 
     median: float = 0.0
     low: float = 0.0
     high: float = 0.0
     reason: str = ""
+    once: bool = False
+
+    def __str__(self) -> str:
+        return f"{html.number(self.median)} (once)" if self.once else html.interval(self.median, self.low, self.high)
 
     def over(self, other: Value) -> tuple[float, float, float]:
         """Ratio to `other`, and the range that the ends of both intervals leave open."""
         return self.median / other.median, self.low / other.high, self.high / other.low
+
+    def ratio(self, other: Value) -> tuple[str, str]:
+        """The ratio to `other` in text, and its range, which is empty where one of both has no interval."""
+        ratio, low, high = self.over(other)
+        return f"{ratio:.3f}×", "" if self.once or other.once else f"({low:.3f} – {high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ def lines(setting: Setting) -> list[Line]:
             row = Row(*(record[name] for name in ("metric", "phase", "batch_size", "tokens", "output_len")))
             line = items.setdefault(row.name, Line(row.name, row.higher_is_better, {}))
             line.values[entry.label] = (
-                Value(record["median"], record["low"], record["high"])
+                Value(record["median"], record["low"], record["high"], once=record.get("samples") == 1)
                 if "median" in record
                 else Value(reason=str(record.get("status")))
             )
@@ -63,7 +72,8 @@ def step_value(entry: Entry, shape: Shape) -> Value | None:
     timed = entry.pass_of(shape, "timed")
     if timed.get("status") != "ok":
         return Value(reason=str(timed.get("status", "not reached")))
-    return Value(*(timed[name] / 1e3 for name in ("wall_us", "wall_us_low", "wall_us_high")))
+    middle, low, high = (timed[name] / 1e3 for name in ("wall_us", "wall_us_low", "wall_us_high"))
+    return Value(middle, low, high, once=timed.get("samples") == 1)
 
 
 def peer(setting: Setting, entry: Entry, line: Line) -> str | None:
@@ -103,13 +113,12 @@ def _table(setting: Setting, found: list[Line]) -> str:
             if value is None or value.reason:
                 cells.append(value.reason[:_REASON] if value else "–")
                 continue
-            text = html.interval(value.median, value.low, value.high)
             other = peer(setting, entry, line)
             if other is None:
-                cells.append(text)
+                cells.append(str(value))
                 continue
-            ratio, low, high = value.over(line.values[other])
-            cells.append((text, f"{ratio:.3f}× {other} ({low:.3f} – {high:.3f})"))
+            ratio, ends = value.ratio(line.values[other])
+            cells.append((str(value), f"{ratio} {other} {ends}".rstrip()))
         rows.append([line.name, *cells])
     return html.table(["", *(_column(entry) for entry in setting.entries)], rows, "headline")
 
@@ -121,6 +130,8 @@ def _column(entry: Entry) -> str:
 def _caption(setting: Setting, found: list[Line]) -> str:
     machines = sorted({machine_of(entry.run) for entry in setting.entries})
     text = f"Median (95 % interval), no instrument attached. On {'; '.join(machines)}."
+    if any(value.once for line in found for value in line.values.values()):
+        text += " What was timed once has no interval."
     ratios = any(peer(setting, entry, line) for line in found for entry in setting.entries)
     if ratios:
         text += (

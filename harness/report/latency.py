@@ -1,4 +1,4 @@
-"""Time per token over batch, and of prefill over tokens: one line per engine, with intervals."""
+"""Time per token over batch, and of prefill over the prompt's length: one line per engine, with intervals."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from harness.report import html, style
-from harness.report.data import Comparison, Data, Setting
+from harness.report.data import Comparison, Data, Setting, Shape
 from harness.report.headline import Value, step_value
 from harness.report.html import Section
 from harness.report.plots import Plots
 
-_PANEL = (4.6, 3.1)
-"""Inches of one panel."""
+_WIDTH, _HEIGHT = 4.6, 3.1
+"""Inches of one panel, without its labels."""
+_LETTER = 0.075
+"""Inches that a letter of the labels beside a panel takes."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Panel:
     title: str
     x: str
     curves: list[Curve]
+    y: str = "ms per step"
 
     @property
     def xs(self) -> list[int]:
@@ -41,14 +45,20 @@ class Panel:
 
 
 def panels(setting: Setting) -> list[Panel]:
-    """A panel of decode steps for each context, over batch; one of prefill steps, over tokens."""
-    groups: dict[str, tuple[str, list]] = {}
+    """Steps of one size are no curve, and stand in the headline.
+
+    Decode over batch for each context, prefill over the prompt's length for each number of prompts and over prompts
+    for each length.
+    """
+    groups: dict[str, tuple[str, list[tuple[int, Shape]]]] = {}
     for shape in setting.shapes:
         if shape.phase == "decode":
-            key = f"decode, context {shape.tokens}"
-            groups.setdefault(key, ("batch", []))[1].append((shape.batch_size, shape))
+            groups.setdefault(f"decode, context {shape.tokens}", ("batch", []))[1].append((shape.batch_size, shape))
         elif shape.phase == "prefill":
-            groups.setdefault("prefill", ("tokens in the step", []))[1].append((shape.work, shape))
+            prompts = f"prefill, {shape.batch_size} prompt{'s' * (shape.batch_size > 1)}"
+            groups.setdefault(prompts, ("tokens of a prompt", []))[1].append((shape.tokens, shape))
+            each = f"prefill, prompts of {shape.tokens} tokens"
+            groups.setdefault(each, ("prompts", []))[1].append((shape.batch_size, shape))
     found = []
     for title, (x, places) in groups.items():
         curves = []
@@ -58,9 +68,9 @@ def panels(setting: Setting) -> list[Panel]:
             if points:
                 curves.append(Curve(entry.label, entry.engine, entry.variant, points))
         panel = Panel(title, x, curves)
-        if len(panel.xs) > 1:  # one size is no curve, and stands in the headline
+        if len(panel.xs) > 1:
             found.append(panel)
-    return sorted(found, key=lambda panel: panel.title != "prefill" and -len(panel.xs))
+    return sorted(found, key=lambda panel: (not panel.title.startswith("decode"), panel.x != "tokens of a prompt"))
 
 
 def comparison_panels(comparison: Comparison) -> list[Panel]:
@@ -80,7 +90,7 @@ def comparison_panels(comparison: Comparison) -> list[Panel]:
             }
             if points:
                 curves.append(Curve(label, *variants[label], points))
-        panel = Panel(f"decode, prompt {tokens}", "batch", curves)
+        panel = Panel(f"decode, prompt {tokens}", "batch", curves, "ms per token")
         if len(panel.xs) > 1:
             found.append(panel)
     return found
@@ -96,22 +106,24 @@ def section(data: Data, plots: Plots) -> Section | None:
                 "Median of one untraced step and its 95 % interval (often smaller than the marker). In decode a step "
                 "is the time per token of each sequence."
             )
-            parts += [html.heading(str(setting)), plots.add(_drawn(found), f"latency-{setting.slug}", title, caption)]
+            parts += [html.heading(str(setting)), plots.add(drawn(found), f"latency-{setting.slug}", title, caption)]
     for comparison in data.comparisons:
         if found := comparison_panels(comparison):
             title = f"Time per token over batch: {comparison}"
             caption = "Median over rounds, and the range of the rounds. Engines took turns."
             parts += [
                 html.heading(str(comparison)),
-                plots.add(_drawn(found), f"latency-{comparison.slug}", title, caption),
+                plots.add(drawn(found), f"latency-{comparison.slug}", title, caption),
             ]
     return Section("Time per token over batch", parts) if parts else None
 
 
-def _drawn(found: list[Panel]):
+def drawn(found: list[Panel]) -> Figure:
+    """All panels, two beside each other."""
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(_PANEL[0] * columns, _PANEL[1] * rows), squeeze=False)
+    labels = _LETTER * max(len(curve.label) for panel in found for curve in panel.curves)
+    figure, grid = plt.subplots(rows, columns, figsize=((_WIDTH + labels) * columns, _HEIGHT * rows), squeeze=False)
     for axes, panel in zip(grid.flat, found, strict=False):
         _draw(axes, panel)
     for axes in list(grid.flat)[len(found) :]:
@@ -128,7 +140,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.errorbar(xs, medians, yerr=ends, capsize=2.5, elinewidth=0.9, **style.line(curve.engine, curve.variant))
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x)
-    axes.set_ylabel("ms per step")
+    axes.set_ylabel(panel.y)
     axes.grid(axis="y")
     style.batch_axis(axes, panel.xs)
     style.plain_log(axes, "y", [e for c in panel.curves for v in c.points.values() for e in (v.low, v.high)])

@@ -20,6 +20,7 @@ _WIDTH, _HEIGHT = 3.5, 2.7
 """Inches of one panel."""
 _BLOCKS = ("attention", "mlp", "layer")
 _SHORT = {"embed": "embed", "head": "head", "sample": "sample", "step": "copies"}
+"""Names below the bars of what lies outside of the layers."""
 
 Traced = list[tuple[Entry, Trace]]
 
@@ -41,7 +42,7 @@ def section(data: Data, plots: Plots) -> Section | None:
             title = f"Time per layer: {setting}, {shape}"
             caption = f"Median over traced steps. {_sources(found)}"
             parts += [html.heading(f"{setting}: {shape}"),
-                      plots.add(_bars(found), f"layers-{setting.slug}-{shape.slug}", title, caption),
+                      plots.add(bars(found), f"layers-{setting.slug}-{shape.slug}", title, caption),
                       html.folded("Numbers", _block_table(found))]  # fmt: skip
     return Section("Time per layer", parts) if parts else None
 
@@ -56,6 +57,8 @@ def heat_section(data: Data, plots: Plots) -> Section | None:
                 continue
             title = f"Layer by op: {setting}, {shape}"
             caption = f"Median over traced steps, µs; one scale for all engines. {_sources(found)}"
+            if any(op_grid(trace).isna().to_numpy().any() for _, trace in found):
+                caption += " Empty: no such op of its own in this layer."
             parts += [html.heading(f"{setting}: {shape}"),
                       plots.add(_heat(found), f"heat-{setting.slug}-{shape.slug}", title, caption),
                       html.folded("Numbers: mean over layers", op_table(found))]  # fmt: skip
@@ -98,7 +101,8 @@ def _panels(count: int, height: float = _HEIGHT) -> tuple[Figure, list[Axes]]:
     return figure, every[:count]
 
 
-def _bars(found: Traced) -> Figure:
+def bars(found: Traced) -> Figure:
+    """Time over layers, a panel per engine on one scale, and beside the layers what lies outside of them."""
     figure, panels = _panels(len(found))
     used: dict[str, None] = {}
     tops = []
@@ -113,20 +117,26 @@ def _bars(found: Traced) -> Figure:
         tops.append(base.max())
         axes.set_title(entry.label)
         axes.grid(axis="y")
-        ticks = [0, *range(max(1, len(blocks) // 4), len(blocks) - len(blocks) // 8, max(1, len(blocks) // 4))]
+        ticks = list(range(0, len(blocks) - len(blocks) // 8, max(1, len(blocks) // 4)))
+        names = [str(layer) for layer in ticks]
         places = range(len(blocks) + 2, len(blocks) + 2 + 2 * len(outside), 2)
         for place, block in zip(places, [b for b in OUTSIDE if b in outside], strict=True):
             axes.bar(place, outside[block], 1.5, **style.part(block, entry.engine))
             used[block] = None
             tops.append(outside[block])
-        axes.set_xticks(ticks)
-        axes.set_xlabel("decoder layer, then outside of them", fontsize=8)
+            ticks.append(place)
+            names.append(_SHORT[block])
+        axes.set_xticks(ticks, names)
+        for label in axes.get_xticklabels()[len(ticks) - len(outside) :]:
+            label.set(rotation=90, fontsize=8)
+        axes.set_xlabel("decoder layer, then outside", fontsize=8)
     for axes in panels:
         axes.set_ylim(0, max(tops) * 1.06)
+        style.thousands(axes.yaxis)
     for axes in panels[::_COLUMNS]:
         axes.set_ylabel("µs")
     names = [name for name in style.PARTS if name in used]
-    figure.legend(handles=style.legend_of(names), loc="outside lower center", ncols=6 if len(found) > 1 else 3)
+    figure.legend(handles=style.legend_of(names), loc="outside lower center", ncols=6 if len(found) > 1 else 4)
     return figure
 
 
@@ -157,5 +167,6 @@ def _heat(found: Traced) -> Figure:
         axes.set_xticks(range(0, grid.shape[1], step), [str(c) for c in grid.columns[::step]])
         axes.set_title(entry.label)
         axes.set_xlabel("decoder layer")
-    figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="µs")
+    bar = figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01, label="µs")
+    style.thousands(bar.ax.yaxis)
     return figure

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from harness.ops.table import crossovers
 from harness.report import html, style
 from harness.report.data import Data, machine_of
 from harness.report.html import Section
@@ -25,7 +26,7 @@ def medians(data: Data) -> pd.DataFrame:
     """us, a row per run, op, dtype, mode, weight and number of rows, a column per variant; failed ones are missing."""
     samples = data.runs.ops
     samples = samples[samples["status"] == "ok"]
-    weight = samples["shape"].str.partition("x")[2]  # without the rows
+    weight = samples["shape"].str.replace(" ", "").str.partition("x")[2]  # without the rows
     return samples.assign(weight=weight).groupby([*KEYS, "rows", "variant"])["latency_us"].median().unstack("variant")
 
 
@@ -47,7 +48,8 @@ def section(data: Data, plots: Plots) -> Section | None:
             rows.append([f"{n:,}", *cells, str(times.idxmin()), _ratio(found.get(int(n), {}))])  # type: ignore[call-overload]
         header = ["rows", *(f"{variant}, µs" for variant in at.columns), "fastest", "best fused / best unfused"]
         drawing = plots.add(_drawn(at), f"ops-{run_id}-{op}-{weight}", f"Op study: {title}", caption)
-        parts += [html.heading(title), drawing, html.paragraph(fastest(at)), html.table(header, rows)]
+        told = " ".join([*crossovers(list(found.values())), fastest(at)])
+        parts += [html.heading(title), drawing, html.paragraph(told), html.table(header, rows)]
     return Section("Op study", parts) if parts else None
 
 
@@ -63,7 +65,11 @@ def fastest(at: pd.DataFrame) -> str:
     """Which variant is fastest from how many rows on."""
     best = at.idxmin(axis=1)
     changes = best[best != best.shift()]
-    return "Fastest: " + "; ".join(f"from {rows:,} rows on {variant}" for rows, variant in changes.items()) + "."
+    return (
+        "Fastest: "
+        + "; ".join(f"from {rows:,} row{'s' * (rows != 1)} on {variant}" for rows, variant in changes.items())
+        + "."
+    )
 
 
 def _ratio(record: Mapping[str, Any]) -> html.Cell:

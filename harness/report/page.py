@@ -16,6 +16,8 @@ INSTALL = "pip install -e '.[report]'"
 _CSS = Path(__file__).with_name("page.css")
 _ONLY_IN_JUPYTER = "jupyter-only"
 """Tag of cells that explain the notebook and do not go into the page."""
+_QUIET = "--IPKernelApp.log_level=ERROR"
+"""The kernel's own warnings, of its ports, say nothing to who wants a report."""
 _HEADING = re.compile(r'<h2 id="([^"]+)">(.*?)</h2>')
 
 
@@ -39,8 +41,9 @@ def write(parameters: Mapping[str, Any], target: Path) -> None:
         executed = Path(folder) / NOTEBOOK.name
         try:
             papermill.execute_notebook(
-                NOTEBOOK, executed, dict(parameters), kernel_name="python3", progress_bar=False, log_output=False
-            )
+                NOTEBOOK, executed, dict(parameters), kernel_name="python3", progress_bar=False, log_output=False,
+                extra_arguments=[_QUIET],
+            )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             if error.ename == InputError.__name__:
                 raise InputError(error.evalue) from None

@@ -22,6 +22,10 @@ _OWN_COLOURS = (
 )
 
 
+_PLACES = re.compile(r'\b(?:d|x|y|points|transform)="[^"]*"')
+_LONG = re.compile(r"-?\d+\.\d{3,}")
+
+
 @dataclass
 class Plots:
     """Saves figures to `folder`, which is made when the first one comes."""
@@ -31,14 +35,29 @@ class Plots:
     def add(self, figure: Figure, name: str, title: str, caption: str) -> str:
         """Save `figure` as `name`.svg and .png, close it, and return it as a piece of the page."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = io.StringIO()
-        figure.savefig(made, format="svg", metadata={"Date": None, "Creator": None})
-        svg = _following_the_page(made.getvalue(), html.slug(name))
-        (self.folder / f"{html.slug(name)}.svg").write_text(re.sub(r"(<svg[^>]*>)", rf"\1{_OWN_COLOURS}", svg, count=1))
+        svg = inline(figure, name)
+        (self.folder / f"{html.slug(name)}.svg").write_text(by_itself(svg))
         figure.set_layout_engine("none")  # it is laid out, and doing it again takes longer than drawing
         figure.savefig(self.folder / f"{html.slug(name)}.png", dpi=_PNG_DPI, facecolor=PAGE)
         plt.close(figure)
         return html.figure(svg, title, caption)
+
+
+def inline(figure: Figure, name: str) -> str:
+    """`figure` as SVG for a page that has other drawings and colours of its own."""
+    made = io.StringIO()
+    figure.savefig(made, format="svg", metadata={"Date": None, "Creator": None})
+    return _following_the_page(_rounded(made.getvalue()), html.slug(name))
+
+
+def by_itself(svg: str) -> str:
+    """The SVG of a page as a file, which follows the reader's light or dark mode by itself."""
+    return re.sub(r"(<svg[^>]*>)", rf"\1{_OWN_COLOURS}", svg, count=1)
+
+
+def _rounded(svg: str) -> str:
+    """Places to a hundredth of a point, which nobody can see."""
+    return _PLACES.sub(lambda places: _LONG.sub(lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), places[0]), svg)
 
 
 def _following_the_page(svg: str, prefix: str) -> str:

@@ -11,13 +11,15 @@ from harness.report.html import Section
 
 _COMMIT = 10
 """Characters of a commit's hash."""
+_CHECK = ("verification", "KL (bound)", "|ΔNLL| (bound)", "same greedy token")
+_CHECKED = "Verification: the engine's log-probabilities beside those of transformers, before anything is timed."
 
 
 def section(data: Data) -> Section:
     """A row per run, and all its versions and settings on a click."""
-    header = ["", "run", "started", "status", "arm", "machine", "driver", "torch", "commit", "config", "verification"]
+    header = ["", "started", "status", *_CHECK, "arm", "machine", "driver", "torch", "commit"]
     rows = [[data.name_of(run), *_row(run)] for run in data.runs.runs]
-    parts = [html.table(header, rows, numbers=len(header))]
+    parts = [html.table(header, rows, "provenance", numbers=len(header)), html.paragraph(_CHECKED)]
     parts += [html.folded(f"All of {data.name_of(run)}", _details(run)) for run in data.runs.runs]
     return Section("Provenance", parts)
 
@@ -26,26 +28,27 @@ def _row(run: Mapping[str, Any]) -> list[html.Cell]:
     where = run.get("provenance") or {}
     commit = (where.get("git") or {}).get("commit") or "–"
     torch = (where.get("versions") or {}).get("torch", "–")
-    named = (run["run_id"], run.get("started", "–"), run.get("status", "–"), run.get("arm", "–"), machine_of(run),
-             driver_of(run) or "–", torch, commit[:_COMMIT], run.get("config_hash", "–"), checked(run))  # fmt: skip
-    return [str(value) for value in named]
+    started = str(run.get("started", "–")).partition("+")[0].replace("T", " ")
+    named = (run.get("arm", "–"), machine_of(run), driver_of(run) or "–", torch, commit[:_COMMIT])
+    return [started, str(run.get("status", "–")), *checked(run), *map(str, named)]
 
 
-def checked(run: Mapping[str, Any]) -> str:
-    """The outcome of the check with its numbers, in one line."""
+def checked(run: Mapping[str, Any]) -> list[html.Cell]:
+    """The outcome of the check and its numbers, in the columns _CHECK."""
     found = run.get("verification") or {}
     engine = found.get("engine")
     if found.get("status") != PASSED or engine is None:  # a study of ops compares each variant by itself
-        return str(found.get("status", "missing"))
-    return (
-        f"passed over {found['positions']} tokens: KL {engine['kl']:.2e} (bound {found['bound_kl']:.2e}), "
-        f"|ΔNLL| {engine['nll_delta']:.2e} (bound {found['bound_nll_delta']:.2e}), "
-        f"greedy agreement {engine['greedy_agreement']:.1%}"
-    )
+        return [str(found.get("status", "missing")), *["–"] * (len(_CHECK) - 1)]
+    return [
+        f"passed over {found['positions']} tokens",
+        f"{engine['kl']:.2e} ({found['bound_kl']:.2e})",
+        f"{engine['nll_delta']:.2e} ({found['bound_nll_delta']:.2e})",
+        f"{engine['greedy_agreement']:.1%}",
+    ]
 
 
 def _details(run: Mapping[str, Any]) -> str:
-    rows: list[list[html.Cell]] = []
+    rows: list[list[html.Cell]] = [[key, str(run.get(key, "–"))] for key in ("run_id", "started", "config_hash")]
     for key in (
         "provenance",
         "config",

@@ -16,6 +16,10 @@ from harness.report.plots import Plots
 Found = list[tuple[Row, list[tuple[str, Ratio]]]]
 _WIDE = 3
 """From such a span on, ratios get a logarithmic axis with few ticks."""
+_SPARSE = 100
+"""From such a span on, they get a tick for each power of ten at most."""
+_LIGHTER = 0.35
+"""How far the colour of an engine's second variant is on its way to white."""
 
 
 def section(data: Data, plots: Plots) -> Section | None:
@@ -23,16 +27,24 @@ def section(data: Data, plots: Plots) -> Section | None:
     parts = []
     for comparison in data.comparisons:
         found = ratios(comparison)
-        if not found:
+        if not found or _is_ablation(comparison):
             continue
         title = f"Ratios to {comparison.baseline}: {comparison}"
         caption = (
             f"Geometric mean of paired rounds over {comparison.baseline}'s, with the 95 % interval. An interval that "
-            "reaches over the line at 1 does not say which is faster; its marker is hollow."
+            "reaches over the line at 1 does not say which is faster; its marker is hollow. In each row contestants "
+            "stand in the legend's order."
         )
         parts += [html.heading(str(comparison)),
                   plots.add(_drawn(comparison, found), f"ratios-{comparison.slug}", title, caption)]  # fmt: skip
     return Section("Comparison", parts) if parts else None
+
+
+def _is_ablation(comparison: Comparison) -> bool:
+    """Whether one engine's sets of features took turns, whose ratios have a section of their own."""
+    return len({engine for engine, _ in comparison.variants().values()}) == 1 and any(
+        "features=" in label for label in comparison.engines
+    )
 
 
 def ratios(comparison: Comparison) -> Found:
@@ -52,7 +64,8 @@ def _drawn(comparison: Comparison, found: Found) -> Figure:
     figure, axes = plt.subplots(figsize=(8.2, 1.0 + 0.16 * len(found) * (1 + len(labels))))
     for i, label in enumerate(labels):
         engine, variant = variants[label]
-        look = style.line(engine, variant) | {"linestyle": ""}
+        shade = style.lighter(style.color(engine), _LIGHTER * variant)
+        look = style.line(engine, variant) | {"linestyle": "", "color": shade}
         for place, (row, cells) in enumerate(found):
             ratio = dict(cells).get(label)
             if ratio is None:
@@ -62,13 +75,13 @@ def _drawn(comparison: Comparison, found: Found) -> Figure:
             axes.errorbar(
                 ratio.value, y, xerr=[[ratio.value - ratio.low], [ratio.high - ratio.value]], capsize=2.5,
                 elinewidth=1.2, label=label if place == 0 else "_",
-                **(look | {"markerfacecolor": style.color(engine) if sure else style.PAGE}),
+                **(look | {"markerfacecolor": shade if sure else style.PAGE}),
             )  # fmt: skip
     axes.axvline(1, color=style.INK, linewidth=1)
     ends = [end for _, cells in found for _, ratio in cells for end in (ratio.low, ratio.high)]
     if max(ends) > _WIDE * min(ends) > 0:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(ends) < _SPARSE * min(ends) else (1,)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(7))

@@ -53,6 +53,7 @@ def _bars(served: list[tuple[Entry, dict]]) -> Figure:
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.set_xlabel("output tokens per second")
+    style.thousands(axes.xaxis)
     return figure
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from harness.report import html, style
 from harness.report.data import Data, Entry, Setting, Shape
@@ -45,8 +47,8 @@ def _gpu(data: Data, setting: Setting, plots: Plots) -> list[str]:
         return []
     title = f"Where the traced step goes: {setting}"
     caption = (
-        "Each part's median over traced steps, so that a bar is the step under its trace; the short line across it is "
-        "the step without any. Shapes have scales of their own."
+        "Each part's median over traced steps, so that a bar is the step under its trace, which takes longer. Shapes "
+        "have scales of their own."
     )
     timed = {(e.label, s): e.pass_of(s, "timed").get("wall_us") for s in drawn for e in setting.entries}
     figure = _drawn(drawn, timed)
@@ -61,7 +63,8 @@ def _gpu(data: Data, setting: Setting, plots: Plots) -> list[str]:
     names = [style.PARTS[p].label for p in STEP_PARTS]
     header = ["shape", "", "traced by", "step, ms", "traced step", *names, "closure", "overhead"]
     table = html.table(header, rows, numbers=3)
-    return [plots.add(figure, f"step-{setting.slug}", title, caption), html.folded("Numbers of all shapes, ms", table)]
+    drawing = plots.add(figure, f"step-{setting.slug}", title, caption)
+    return [html.paragraph("The step, by what it computes"), drawing, html.folded("Numbers of all shapes, ms", table)]
 
 
 def _quality(entry: Entry, shape: Shape, source: str, mode: str) -> tuple[str, str]:
@@ -88,8 +91,12 @@ def _host(data: Data, setting: Setting, plots: Plots) -> list[str]:
         for entry, of in bars
     ]
     table = html.table(["shape", "", *(style.PARTS[p].label for p in phases)], rows, numbers=2)
-    caption = "Median host time of each phase in a step, without phases inside it. Much of the rest is waiting."
-    return [plots.add(figure, f"host-{setting.slug}", title, caption), html.folded("Numbers of all shapes, µs", table)]
+    caption = (
+        "Median host time of each phase in a step, without phases inside it. With a GPU the rest is mostly waiting."
+    )
+    drawing = plots.add(figure, f"host-{setting.slug}", title, caption)
+    return [html.paragraph("The same step, by what the host does"), drawing,
+            html.folded("Numbers of all shapes, µs", table)]  # fmt: skip
 
 
 def _drawn(shapes: dict[Shape, Bars], timed: dict[tuple[str, Shape], float | None]) -> Figure:
@@ -100,9 +107,13 @@ def _drawn(shapes: dict[Shape, Bars], timed: dict[tuple[str, Shape], float | Non
     used: dict[str, None] = {}
     for axes, (shape, bars) in zip(grid.flat, shapes.items(), strict=True):
         used |= dict.fromkeys(_stack(axes, shape, bars, timed))
+        style.thousands(axes.xaxis)
     list(grid.flat)[-1].set_xlabel("ms")
     names = [name for name in style.PARTS if name in used]
-    figure.legend(handles=style.legend_of(names), loc="outside lower center", ncols=min(4, len(names)))
+    handles: list[Artist] = list(style.legend_of(names))
+    if any(timed.values()):
+        handles.append(Line2D([], [], color=style.INK, linewidth=1.8, label="the step without a trace"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure
 
 
@@ -124,4 +135,4 @@ def _stack(axes: Axes, shape: Shape, bars: Bars, timed: dict[tuple[str, Shape], 
     axes.margins(x=0.08)
     axes.set_xlim(left=0)
     axes.set_title(str(shape))
-    return [str(name) for _, of in bars for name in of.index]
+    return [str(name) for _, of in bars for name, us in of.items() if us > 0]

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -52,7 +53,7 @@ PARTS = {
     "prepare": Part("prepare", "////", 0.45),
     "launch": Part("launch", "xxxx", 0.3),
     "finish": Part("finish", "++++", 0.5),
-    "rest": Part("rest (waits for the GPU)", "", 0.85),
+    "rest": Part("rest, mostly waiting", "", 0.85),
 }
 
 RC: dict[Any, Any] = {
@@ -125,9 +126,14 @@ def plain_log(axes: Axes, axis: str, values: Sequence[float]) -> None:
         return
     (axes.set_yscale if axis == "y" else axes.set_xscale)("log")
     which.set_major_locator(LogLocator(subs=(1,) if high / low > 100 else (1, 2, 3, 5)))
-    which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     which.set_minor_locator(NullLocator())
     which.set_minor_formatter(NullFormatter())
+
+
+def thousands(axis: Axis) -> None:
+    """Numbers with a comma between thousands."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def batch_axis(axes: Axes, batches: Sequence[int]) -> None:

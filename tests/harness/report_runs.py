@@ -37,8 +37,8 @@ def write(
     folder: Path, run: Mapping[str, Any], layers: Sequence[Mapping] = (), steps: Sequence[Mapping] = (),
     host: Sequence[Mapping] = (), rounds: Sequence[Mapping] = (),
 ) -> Path:  # fmt: skip
-    """A run in `folder`, whose id is the folder's last two names."""
-    writer = RunWriter(folder, "-".join(folder.parts[-2:]))
+    """A run in `folder`, whose id is the folder's last three names."""
+    writer = RunWriter(folder, "-".join(folder.parts[-3:]))
     writer.add_layers(layers)
     writer.add_steps(steps)
     writer.add_host(host)
@@ -95,6 +95,16 @@ def kernel_trace(slower: Sequence[float] = (0.0, 1.0, 2.0), engine: str = "nano"
         add(-1, "sample", "sample", 6.0)
         steps.append(step_row(who, 147.0 + 2 * s, 123.0 + 2 * s))
     return layers, steps
+
+
+def in_graphs_and_eager() -> tuple[list[dict], list[dict]]:
+    """`kernel_trace` as events see it: whole layers in graphs, and ops in an eager pass that takes twice as long."""
+    layers, steps = kernel_trace()
+    graph = [{**row, "source": "cuda_event"} for row in layers if row["op"] == "layer" or row["layer_index"] < 0]
+    eager = [{**row, "source": "cuda_event", "mode": "eager", "start_us": 2 * row["start_us"],
+              "latency_us": 2 * row["latency_us"]} for row in layers]  # fmt: skip
+    both = [{**row, "source": "cuda_event", "mode": mode} for mode in ("graph", "eager") for row in steps]
+    return graph + eager, both
 
 
 @dataclass

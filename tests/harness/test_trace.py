@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from report_runs import SHAPE, kernel_trace, key, layer_row, record, step_row, timed, write
+from report_runs import SHAPE, in_graphs_and_eager, kernel_trace, key, layer_row, record, step_row, timed, write
 
 from harness.trace import BAD_INPUT, GPU_TRACK, HOST_TRACK, OK, main
 
@@ -94,23 +94,32 @@ def test_overlapping_kernels_stay_apart(tmp_path: Path) -> None:
     assert next(s for s in slices(trace) if s["name"] == "attention")["args"]["start_us"] == 4.0
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "traces"),
-    [("nano-qwen3-0.6b-latency", "cupti", 1), ("vllm-qwen3-0.6b-latency", "cuda_event", 2)],
-)
-def test_committed_traces(name: str, source: str, traces: int, tmp_path: Path) -> None:
-    """Each shape once, twice where one trace has the layers and another the ops; durations are the table's."""
-    trace = exported(REFERENCE / name, tmp_path)
+def test_layers_and_ops_of_two_traces_are_two_processes(tmp_path: Path) -> None:
+    layers, steps = in_graphs_and_eager()
+    trace = exported(
+        write(tmp_path / "run", record(shapes=[{**SHAPE, "timed": timed(140.0)}]), layers, steps), tmp_path
+    )
     check_format(trace)
-    layers = pq.read_table(REFERENCE / name / "layers.parquet").to_pandas()
-    steps = pq.read_table(REFERENCE / name / "steps.parquet").to_pandas()
+    names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
+    assert ["cuda_event, graph" in names[0], "cuda_event, eager" in names[1], len(names)] == [True, True, 2]
+    whole, split = ([s for s in slices(trace) if s["pid"] == process] for process in (1, 2))
+    assert [s["name"] for s in whole] == ["embed", "layer 0", "layer 1", "lm_head", "sample"]
+    assert [s["dur"] for s in whole] == [5.0, 41.0, 41.0, 30.0, 6.0]
+    assert [s["dur"] for s in split if s["name"] == "qkv_proj"] == [22.0, 22.0]
+
+
+def test_committed_traces(tmp_path: Path) -> None:
+    """Each shape once; durations are the table's."""
+    folder = REFERENCE / "nano-qwen3-0.6b-latency"
+    trace = exported(folder, tmp_path)
+    check_format(trace)
+    layers = pq.read_table(folder / "layers.parquet").to_pandas()
+    steps = pq.read_table(folder / "steps.parquet").to_pandas()
     names = {e["pid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
-    shape = ["batch_size", "new_tokens", "context_len"]
-    seen = layers[layers["source"] == source]
-    shapes = [len(seen[seen["phase"] == phase][shape].drop_duplicates()) for phase in ("prefill", "decode")]
-    assert len(names) == shapes[0] + traces * shapes[1]
-    [process] = [pid for pid, n in names.items() if "decode, batch 1, context 128" in n and "graph" in n]
-    chosen = {"phase": "decode", "batch_size": 1, "context_len": 128, "mode": "graph", "source": source}
+    kernels = layers[layers["source"] == "cupti"]
+    assert len(names) == len(kernels[["phase", "batch_size", "new_tokens", "context_len"]].drop_duplicates())
+    [process] = [pid for pid, n in names.items() if "decode, batch 1, context 128" in n]
+    chosen = {"phase": "decode", "batch_size": 1, "context_len": 128, "mode": "graph", "source": "cupti"}
     mine, traced = (frame[(frame[list(chosen)] == pd.Series(chosen)).all(axis=1)] for frame in (layers, steps))
     median = traced["gpu_us"].median()
     iteration = traced.set_index("iteration")["gpu_us"].sub(median).abs().idxmin()
