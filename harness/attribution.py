@@ -219,7 +219,7 @@ def _distance(rank: int, wanted: int) -> float:
 
 def _check_alike(sites: Sequence[Site | None], num_layers: int) -> None:
     """Layers must do the same operations in the same number of kernels; the first may do its first norm in another
-    way, or lack it, and the last an operation in more or fewer kernels."""
+    way, or lack it, and the last take more or fewer kernels for an operation, or one for several."""
     ops: list[list[str]] = [[] for _ in range(num_layers)]
     for site in sites:
         if site is not None and site.layer_index != NO_LAYER:
@@ -228,7 +228,7 @@ def _check_alike(sites: Sequence[Site | None], num_layers: int) -> None:
         if layer == 0:
             one, other = _without_norm(one), _without_norm(other)
         if layer + 2 == num_layers:
-            one, other = _once_each(one), _once_each(other)
+            one, other = _apart(one), _apart(other)
         if one != other:
             at, left, right = first_difference(one, other)
             raise NotDivisible(
@@ -240,9 +240,9 @@ def _without_norm(ops: Sequence[str]) -> list[str]:
     return [op.removeprefix("input_norm+") for op in ops if op != "input_norm"]
 
 
-def _once_each(ops: Sequence[str]) -> list[str]:
-    """`ops` with neighbours that are the same taken together."""
-    return [op for op, _ in groupby(ops)]
+def _apart(ops: Sequence[str]) -> list[str]:
+    """`ops` with what one kernel does at once taken apart, and neighbours that are the same taken together."""
+    return [op for op, _ in groupby(part for op in ops for part in op.split("+"))]
 
 
 def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[int, str, str]:

@@ -27,7 +27,7 @@ from kernels._checks import check_integers, check_like, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import HAVE_TRITON, runs_triton, tl, triton
 from kernels.qk_norm_rope_cache import reference as qk_norm_rope_cache_reference
 from kernels.qk_norm_rope_cache import saved_bytes as rope_saved_bytes
 
@@ -35,6 +35,9 @@ LOG2_E = 1.4426950408889634
 BLOCK_T, BLOCK_N = 16, 64
 """Tokens of a program, and keys that it takes at a time."""
 WARPS = 4
+SHARED_BYTES = 400, 16
+"""Of shared memory a program takes at most, for each byte of a head: so much, and so much more for each query head of
+a group. From compiling for sm_80 to sm_90 with groups of 2 to 8 and heads of 128 and 256."""
 
 
 def reference(
@@ -194,6 +197,22 @@ def prefill_attention(
             **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     return o
+
+
+def fits(num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int, device: torch.device) -> bool:
+    """Whether a program has room on this GPU: small ones have 99 KiB of shared memory, and large groups want more."""
+    if device.type != "cuda" or not HAVE_TRITON:
+        return True
+    per_byte, per_head = SHARED_BYTES
+    group = 1 << (num_heads // num_kv_heads - 1).bit_length()
+    wanted = head_dim * element_bytes * (per_byte + per_head * group)
+    return bool(wanted <= _shared_memory_bytes(device))
+
+
+def _shared_memory_bytes(device: torch.device) -> int:
+    """The most that a program may have, as Triton sees it when it launches one."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def saved_bytes(

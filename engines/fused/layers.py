@@ -18,6 +18,7 @@ from engines.nano.layers.norm import RMSNorm
 from engines.nano.models.decoder import Attention, DecoderLayer
 from engines.nano.utils.context import StepContext
 from kernels.decode_linear import HalfNormed, best_is_tiled, best_launch, decode_linear_half_norm
+from kernels.prefill_attention import fits
 
 MAX_PREFILL_ATTENTION = 256
 """Tokens of a step up to which one kernel is faster than rotation and attention apart."""
@@ -180,7 +181,10 @@ class PrefillAttention(nn.Module):
 
     def takes(self, qkv: Tensor, context: StepContext) -> bool:
         """Whether one kernel is the faster way, and possible: nothing of the prompts may be in the cache before."""
-        return context.cu_seqlens_k is not None and not context.is_decode and qkv.shape[0] <= MAX_PREFILL_ATTENTION
+        if context.cu_seqlens_k is None or context.is_decode or qkv.shape[0] > MAX_PREFILL_ATTENTION:
+            return False
+        (a,) = self._attention
+        return fits(a.heads, a.kv_heads, a.dim, qkv.element_size(), qkv.device)
 
     def forward(self, qkv: Tensor, positions: Tensor, context: StepContext) -> Tensor:
         (a,) = self._attention

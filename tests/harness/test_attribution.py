@@ -282,6 +282,9 @@ def test_the_last_layer_may_pick_rows_and_take_other_kernels_for_them() -> None:
     assert {s.layer_index for s in found[2 * len(LAYER) : 2 * len(LAYER) + len(last)] if s} == {2}
     with pytest.raises(NotDivisible, match="Layers 0 and 1 differ"):  # but no layer before it
         attribute([*START, *LAYER, *last, *LAYER, *END], 3, True)
+    few = [*first, *attends, pick, pick, LINEAR, LINEAR, LINEAR]  # a decode step's kernels for what is left
+    found = attribute([*START, *LAYER * 2, *few, *END], 3, True)[len(START) + 2 * len(LAYER) :]
+    assert [s.op for s in found[len(few) - 5 : len(few)] if s] == ["o_proj"] * 3 + [GATED, "down_proj"]
 
 
 def test_the_first_layer_may_norm_by_itself() -> None:
@@ -291,7 +294,7 @@ def test_the_first_layer_may_norm_by_itself() -> None:
     ops = [s.op for s in found if s]
     assert ops[1:3] == ["input_norm", "qkv_proj"] and ops[7] == ops[12] == "input_norm+qkv_proj"
     with pytest.raises(NotDivisible, match="Layers 1 and 2 differ"):
-        attribute([EMBED_ROWS, *unit * 2, NORM, *unit, "decode_head_kernel", "choose_token_kernel"], 3, True)
+        attribute([EMBED_ROWS, *unit, NORM, *unit * 3, "decode_head_kernel", "choose_token_kernel"], 4, True)
 
 
 def test_first_difference() -> None:

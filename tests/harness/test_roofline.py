@@ -260,10 +260,15 @@ def test_no_committed_time_is_below_its_floor(reference: dict[str, list[ShapeLin
     assert len(reference[engine]) == 13
     for shape in reference[engine]:
         ops = [line.op for line in shape.lines]
-        assert ops[-2:] == ["layer", STEP] and {"embed", "sample"} <= set(ops)
+        assert ops[-2:] == ["layer", STEP] and ops[0] in ("embed", "embed+input_norm") and "sample" in ops
         assert any(op.endswith("lm_head") for op in ops)
         for line in shape.lines:
-            assert 0 < line.fraction <= 1.05, (shape, line)
+            # What fits into the L2 of 50 MB may come from there, faster than memory gives it.
+            most = 1.05 if line.cost.bytes > 50e6 else 2.0
+            if (engine, line.op) == ("vllm", "post_norm"):
+                # Of four tensors that a norm with its sum moves, its compiler leaves one to the next norm.
+                most *= 4 / 3
+            assert 0 < line.fraction <= most, (shape, line)
 
 
 def test_what_is_known_of_the_committed_runs(reference: dict[str, list[ShapeLines]]) -> None:

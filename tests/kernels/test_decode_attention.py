@@ -193,7 +193,7 @@ def test_splits_follow_the_length(make_case):
 @pytest.mark.parametrize("launch", [SUM, DOT, HELD, split(SUM, 4)], ids=["sum", "dot", "held", "sum4"])
 def test_large_scores_do_not_overflow(launch, make_case, assert_close):
     case = make_case([150], 2, 1, 16, 16, torch.float32)
-    case.q_weight *= 300
+    case.q_weight *= 60  # far beyond 88, where exp overflows; scores still larger lose digits of their own
     assert_close(case.run(launch), case.expected()[0])
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import FUSIONS, prefill_attention
+from kernels.prefill_attention import fits
 from tests.kernels.test_qk_norm_rope_cache import EPS, angles, expected_heads
 
 MODULE = sys.modules["kernels.prefill_attention"]
@@ -93,3 +94,17 @@ def test_wrong_arguments(device, randn):
         made.run(prefill_attention)
     made = Case((), 0, 2, 1, 16, torch.float32, device, randn)
     assert made.run(prefill_attention)[0].shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "taken_bytes"),
+    [(16, 8, 128, 90_368), (32, 8, 128, 98_560), (12, 2, 128, 114_944), (64, 8, 128, 131_328), (8, 1, 256, 262_400)],
+)
+def test_programs_that_a_gpu_has_no_room_for_are_not_started(heads, kv_heads, head_dim, taken_bytes, monkeypatch):
+    """`taken_bytes`: shared memory of programs compiled for sm_89 and sm_90."""
+    for limit_bytes in (65_536, 101_376, 166_912, 232_448):  # of sm_75, 89, 80, 90
+        monkeypatch.setattr(MODULE, "_shared_memory_bytes", lambda _device, limit_bytes=limit_bytes: limit_bytes)
+        if fits(heads, kv_heads, head_dim, 2, torch.device("cuda")):
+            assert taken_bytes <= limit_bytes
+    assert fits(heads, kv_heads, head_dim, 2, torch.device("cuda")) == (head_dim == 128)
+    assert fits(heads, kv_heads, head_dim, 4, torch.device("cpu"))
