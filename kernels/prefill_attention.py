@@ -20,6 +20,8 @@ write of everything are saved.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -209,6 +211,7 @@ def fits(num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int, d
     return bool(wanted <= _shared_memory_bytes(device))
 
 
+@lru_cache
 def _shared_memory_bytes(device: torch.device) -> int:
     """The most that a program may have, as Triton sees it when it launches one."""
     index = torch.cuda.current_device() if device.index is None else device.index
