@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernels._dependent import ask_into_l2, let_next_start, wait_for_previous
+from kernels._dependent import ask_into_l2, ask_share_into_l2, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._triton import tl, triton
 
@@ -76,10 +76,11 @@ def _sum_of_parts(place, size, SPLIT_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "squares_parts"])
 def decode_linear_tiled_kernel(
-    x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, rows, out, squares_parts,
-    eps, K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, soon, rows, out,
+    squares_parts, eps,
+    K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PIECES: tl.constexpr, HELD: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SOON_BYTES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_M rows and BLOCK_N columns of y, or one of SPLIT_K parts of its sum over K."""
     let_next_start(DEPENDENT)
@@ -123,6 +124,8 @@ def decode_linear_tiled_kernel(
             b = tl.load(bias + tl.minimum(column, out - 1)).to(tl.float32)[None, :]
     if next_norm_weight is not None:
         gamma = tl.load(next_norm_weight + column, mask=column < out, other=0.0).to(tl.float32)[None, :]
+    if SOON_BYTES > 0:
+        ask_share_into_l2(soon, SOON_BYTES)
     # Not in the loop: its loads are moved ahead of it, and some of them depend on the kernel before.
     wait_for_previous(DEPENDENT)
 
@@ -206,6 +209,7 @@ def run_tiled(
     gated: bool,
     dependent: bool,
     launch: Launch,
+    soon: Tensor | None = None,
     next_norm_weight: Tensor | None = None,
 ) -> HalfNormed | None:
     """Launches the kernel on checked arguments: writes y, or adds to it if it is the residual stream.
@@ -234,15 +238,23 @@ def run_tiled(
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     decode_linear_tiled_kernel[(tiles, split_k)](
         given, squares, weight, bias, y, next_norm_weight, left and left.rows, left and left.squares, parts, counters,
-        rows, out, squares_parts, eps,
+        soon, rows, out, squares_parts, eps,
         K=k, GATED=gated, RESIDUAL=residual,
         SQUARES=triton.next_power_of_2(max(1, squares_parts, k // SQUARES_COLUMNS)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT_K=split_k,
         PIECES=_pieces(k, launch, given.element_size()) if dependent and launch.ahead else 0,
-        HELD=launch.ahead and k == split_k * launch.block_k, DEPENDENT=dependent,
+        HELD=launch.ahead and k == split_k * launch.block_k, SOON_BYTES=soon_bytes(soon, dependent),
+        DEPENDENT=dependent,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **options,
     )  # fmt: skip
     return left
+
+
+def soon_bytes(matrix: Tensor | None, dependent: bool) -> int:
+    """Of a matrix that is asked into the L2 for a later kernel; 0 where nothing can be asked for."""
+    if matrix is None or not dependent or not matrix.is_contiguous() or matrix.data_ptr() % 16:
+        return 0
+    return matrix.numel() * matrix.element_size() // 16 * 16
 
 
 def _pieces(k: int, launch: Launch, element_bytes: int) -> int:

@@ -25,9 +25,9 @@ MAX_PREFILL_ATTENTION = 256
 
 
 @dataclass(slots=True)
-class DecodeContext(StepContext):
-    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence.
-
+class FusedContext(StepContext):
+    """
+    dependent: kernels of the step may start while the ones before them end
     half_normed: the residual stream half through the norm that comes next, where the product before left it
     """
 
@@ -36,19 +36,30 @@ class DecodeContext(StepContext):
 
 
 @dataclass(slots=True)
-class PrefillContext(StepContext):
+class DecodeContext(FusedContext):
+    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence."""
+
+
+@dataclass(slots=True)
+class PrefillContext(FusedContext):
     """Of a step that draws one token per sequence: its last layer ends with the rows of `last_tokens` alone.
 
     tail: the step that these rows make, their keys and values in the cache; but its `slot_mapping` is of all tokens
+    few: so few tokens that decode's kernels are worth a try for its products
     """
 
     tail: StepContext | None = None
-    dependent: bool = False
+    few: bool = False
 
 
 def depends(context: StepContext) -> bool:
     """Whether kernels of the step may start while the ones before them end."""
-    return isinstance(context, DecodeContext | PrefillContext) and context.dependent
+    return isinstance(context, FusedContext) and context.dependent
+
+
+def as_in_decode(context: StepContext) -> bool:
+    """Whether decode's kernels make the step's products, where they are the faster ones."""
+    return isinstance(context, DecodeContext) or (isinstance(context, PrefillContext) and context.few)
 
 
 def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, bool, int, torch.device]:
@@ -60,6 +71,11 @@ def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, boo
 def product_is_fused(x: Tensor, weight: Tensor, gated: bool) -> bool:
     """Whether our kernel is faster than cuBLAS and separate kernels for x [rows, in] in a decode step here."""
     return best_launch(*shape_of(x.shape[0], weight, gated)) is not None
+
+
+def first(tensors: tuple[Tensor, ...]) -> Tensor | None:
+    """The one that is there, or None: in a tuple, a module does not take it for a parameter of its own."""
+    return tensors[0] if tensors else None
 
 
 class Norm(nn.Module):
@@ -88,10 +104,11 @@ class NormLinear(nn.Module):
         super().__init__()
         self._parts = (norm, linear)
         self.gated = gated
+        self.soon: tuple[Tensor, ...] = ()  # the weight of the product after it, for the L2
 
     def takes(self, hidden: Tensor, context: StepContext, max_prefill_rows: int) -> bool:
         """Whether one kernel is the faster way for so many rows."""
-        if not isinstance(context, DecodeContext):
+        if not as_in_decode(context):
             return hidden.shape[0] <= max_prefill_rows
         return product_is_fused(hidden, self._parts[1].weight, self.gated)
 
@@ -108,11 +125,12 @@ class NormLinear(nn.Module):
     def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
         """[tokens, out] from the residual stream [tokens, hidden]."""
         norm, linear = self._parts
-        if isinstance(context, DecodeContext):
+        if as_in_decode(context):
+            assert isinstance(context, FusedContext)
             half_normed, context.half_normed = context.half_normed, None
             return kernels.decode_linear(
                 half_normed or hidden, linear.weight, norm_weight=None if half_normed else norm.weight, eps=norm.eps,
-                bias=linear.bias, gated=self.gated, dependent=context.dependent,
+                bias=linear.bias, gated=self.gated, dependent=context.dependent, soon=first(self.soon),
             )  # fmt: skip
         result: Any
         if self.gated:
@@ -132,6 +150,7 @@ class AddedLinear(nn.Module):
         super().__init__()
         self._linear = (linear,)
         self._next: tuple[NormLinear, ...] = ()
+        self.soon: tuple[Tensor, ...] = ()  # the weight of the product after it, for the L2
 
     def lead_to(self, following: NormLinear) -> None:
         """Nothing but `following` reads the residual stream before it is added to again."""
@@ -139,15 +158,18 @@ class AddedLinear(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         (linear,) = self._linear
-        if not isinstance(context, DecodeContext) or not product_is_fused(x, linear.weight, False):
+        if not as_in_decode(context) or not product_is_fused(x, linear.weight, False):
             return hidden.addmm_(x, linear.weight.t())
+        assert isinstance(context, FusedContext)
         following = self._next
         if following and following[0].takes_half(x) and best_is_tiled(*shape_of(x.shape[0], linear.weight, False)):
             context.half_normed = decode_linear_half_norm(
-                x, linear.weight, hidden, following[0].norm_weight, dependent=context.dependent
+                x, linear.weight, hidden, following[0].norm_weight, dependent=context.dependent, soon=first(self.soon)
             )
             return hidden
-        return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=context.dependent)
+        return kernels.decode_linear(
+            x, linear.weight, residual=hidden, dependent=context.dependent, soon=first(self.soon)
+        )
 
 
 class RopeCache(nn.Module):
@@ -239,11 +261,17 @@ class FusedLayer(nn.Module):
         self.added_down = AddedLinear(mlp.down_proj)
         if {"half_norm", "norm_gate_up"} <= features:
             self.added_o.lead_to(self.norm_gate_up)
+        if "weights_ahead" in features:
+            self.norm_qkv.soon = (attention.o_proj.weight,)
+            self.added_o.soon = (mlp.gate_up_proj.weight,)
+            self.norm_gate_up.soon = (mlp.down_proj.weight,)
 
     def followed_by(self, layer: FusedLayer) -> None:
         """`layer` comes next."""
         if {"half_norm", "norm_qkv"} <= self.features:
             self.added_down.lead_to(layer.norm_qkv)
+        if "weights_ahead" in self.features:
+            self.added_down.soon = (layer.plain.self_attn.qkv_proj.weight,)
 
     @property
     def cache(self) -> KVWrite:
