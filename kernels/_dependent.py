@@ -44,16 +44,16 @@ def ask_into_l2(pointers, BYTES: tl.constexpr):
 
 
 @triton.jit
-def ask_share_into_l2(matrix, BYTES: tl.constexpr):
-    """Of BYTES (a multiple of 16) at `matrix`, start bringing this program's share into the L2; nothing waits for it.
+def ask_share_into_l2(matrix, size):
+    """Of `size` bytes (a multiple of 16) at `matrix`, start bringing this program's share into the L2.
 
-    One thread asks for all of the share: there is one unit for it in a multiprocessor.
+    Nothing waits for it. One thread asks for all of the share: there is one unit for it in a multiprocessor.
     """
     programs = tl.num_programs(0) * tl.num_programs(1)
     index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    share = tl.cdiv(BYTES // 16, programs) * 16
+    share = tl.cdiv(size // 16, programs) * 16
     start = index * share
-    size = tl.minimum(share, BYTES - start)
+    size = tl.minimum(share, size - start)
     tl.inline_asm_elementwise(
         """{
         .reg .pred asks;

@@ -41,7 +41,7 @@ from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.choices import chosen
-from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values, soon_bytes
+from kernels.decode_linear_tiled import HalfNormed, asked_for, run_tiled, silu_mul_values
 from kernels.rms_norm import rms_norm
 from kernels.rms_norm_linear import rms_norm as rms_norm_wide
 
@@ -133,9 +133,9 @@ def _load_vector(vector, BLOCK_K: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def decode_linear_vector_kernel(
-    x, norm_weight, weight, bias, y, soon, rows, out, eps,
+    x, norm_weight, weight, bias, y, soon, soon_size, rows, out, eps,
     K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SOON_BYTES: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of y for all rows, one row after the other."""
     let_next_start(DEPENDENT)
@@ -147,8 +147,8 @@ def decode_linear_vector_kernel(
         w_up = _load_rows(weight + (w_column + out)[:, None] * K, BLOCK_K, K)
     if norm_weight is not None:
         gamma = _load_vector(norm_weight, BLOCK_K, K)
-    if SOON_BYTES > 0:
-        ask_share_into_l2(soon, SOON_BYTES)
+    if soon is not None:
+        ask_share_into_l2(soon, soon_size)
     wait_for_previous(DEPENDENT)
     for r in tl.static_range(ROWS):
         # ROWS is the next power of two: surplus rows read the last row and are not stored.
@@ -258,10 +258,9 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit(do_not_specialize=["rows"])
 def decode_linear_matrix_kernel(
-    x, norm_weight, weight, bias, y, soon, rows, out, eps,
+    x, norm_weight, weight, bias, y, soon, soon_size, rows, out, eps,
     K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PASSES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, SOON_BYTES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of y for PASSES * BLOCK_M rows."""
     let_next_start(DEPENDENT)
@@ -289,8 +288,8 @@ def decode_linear_matrix_kernel(
         b = tl.load(bias + w_column).to(tl.float32)[:, None]
         if GATED:
             b_up = tl.load(bias + out + w_column).to(tl.float32)[:, None]
-    if SOON_BYTES > 0:
-        ask_share_into_l2(soon, SOON_BYTES)
+    if soon is not None:
+        ask_share_into_l2(soon, soon_size)
     wait_for_previous(DEPENDENT)
 
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
@@ -527,18 +526,18 @@ def decode_linear(
         options["maxnreg"] = launch.registers
     if launch.kernel == "vector":
         decode_linear_vector_kernel[(-(-out // launch.block_n),)](
-            given, norm_weight, weight, bias, y, soon, rows, out, eps,
+            given, norm_weight, weight, bias, y, *asked_for(soon, dependent), rows, out, eps,
             K=k, GATED=gated, RESIDUAL=residual is not None, ROWS=_power_of_two(rows), BLOCK_N=launch.block_n,
-            BLOCK_K=launch.block_k, SOON_BYTES=soon_bytes(soon, dependent), DEPENDENT=dependent, **options,
+            BLOCK_K=launch.block_k, DEPENDENT=dependent, **options,
         )  # fmt: skip
         return y
     blocks = -(-rows // launch.block_m)
     passes = min(MATRIX_PASSES, _power_of_two(blocks))
     decode_linear_matrix_kernel[(-(-out // launch.block_n), -(-blocks // passes))](
-        given, norm_weight, weight, bias, y, soon, rows, out, eps,
+        given, norm_weight, weight, bias, y, *asked_for(soon, dependent), rows, out, eps,
         K=k, GATED=gated, RESIDUAL=residual is not None, PASSES=passes, BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, WARPS=launch.num_warps,
-        SOON_BYTES=soon_bytes(soon, dependent), DEPENDENT=dependent, **options,
+        DEPENDENT=dependent, **options,
     )  # fmt: skip
     return y
 

@@ -76,11 +76,11 @@ def _sum_of_parts(place, size, SPLIT_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "squares_parts"])
 def decode_linear_tiled_kernel(
-    x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, soon, rows, out,
-    squares_parts, eps,
+    x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, soon,
+    soon_size, rows, out, squares_parts, eps,
     K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PIECES: tl.constexpr, HELD: tl.constexpr,
-    SOON_BYTES: tl.constexpr, DEPENDENT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_M rows and BLOCK_N columns of y, or one of SPLIT_K parts of its sum over K."""
     let_next_start(DEPENDENT)
@@ -124,8 +124,8 @@ def decode_linear_tiled_kernel(
             b = tl.load(bias + tl.minimum(column, out - 1)).to(tl.float32)[None, :]
     if next_norm_weight is not None:
         gamma = tl.load(next_norm_weight + column, mask=column < out, other=0.0).to(tl.float32)[None, :]
-    if SOON_BYTES > 0:
-        ask_share_into_l2(soon, SOON_BYTES)
+    if soon is not None:
+        ask_share_into_l2(soon, soon_size)
     # Not in the loop: its loads are moved ahead of it, and some of them depend on the kernel before.
     wait_for_previous(DEPENDENT)
 
@@ -238,23 +238,22 @@ def run_tiled(
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     decode_linear_tiled_kernel[(tiles, split_k)](
         given, squares, weight, bias, y, next_norm_weight, left and left.rows, left and left.squares, parts, counters,
-        soon, rows, out, squares_parts, eps,
+        *asked_for(soon, dependent), rows, out, squares_parts, eps,
         K=k, GATED=gated, RESIDUAL=residual,
         SQUARES=triton.next_power_of_2(max(1, squares_parts, k // SQUARES_COLUMNS)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT_K=split_k,
         PIECES=_pieces(k, launch, given.element_size()) if dependent and launch.ahead else 0,
-        HELD=launch.ahead and k == split_k * launch.block_k, SOON_BYTES=soon_bytes(soon, dependent),
-        DEPENDENT=dependent,
+        HELD=launch.ahead and k == split_k * launch.block_k, DEPENDENT=dependent,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **options,
     )  # fmt: skip
     return left
 
 
-def soon_bytes(matrix: Tensor | None, dependent: bool) -> int:
-    """Of a matrix that is asked into the L2 for a later kernel; 0 where nothing can be asked for."""
+def asked_for(matrix: Tensor | None, dependent: bool) -> tuple[Tensor | None, int]:
+    """A matrix for a later kernel and its bytes, a multiple of 16; None and 0 where nothing can be asked for."""
     if matrix is None or not dependent or not matrix.is_contiguous() or matrix.data_ptr() % 16:
-        return 0
-    return matrix.numel() * matrix.element_size() // 16 * 16
+        return None, 0
+    return matrix, matrix.numel() * matrix.element_size() // 16 * 16
 
 
 def _pieces(k: int, launch: Launch, element_bytes: int) -> int:
