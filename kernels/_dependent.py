@@ -43,30 +43,6 @@ def ask_into_l2(pointers, BYTES: tl.constexpr):
     )  # fmt: skip
 
 
-@triton.jit
-def ask_share_into_l2(matrix, size):
-    """Of `size` bytes (a multiple of 16) at `matrix`, start bringing this program's share into the L2.
-
-    Nothing waits for it. One thread asks for all of the share: there is one unit for it in a multiprocessor.
-    """
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    share = tl.cdiv(size // 16, programs) * 16
-    start = index * share
-    size = tl.minimum(share, size - start)
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred asks;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 asks, thread, 0;
-        setp.gt.and.s32 asks, $2, 0, asks;
-        @asks cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""", "=r,l,r", [matrix.to(tl.int64) + start, size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @lru_cache
 def can_depend(device: torch.device) -> bool:
     """Whether kernels on `device` can be launched so: compute capability 9.0 on, and not in the interpreter."""

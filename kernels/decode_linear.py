@@ -36,12 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float, check_like
-from kernels._dependent import ask_share_into_l2, can_depend, let_next_start, wait_for_previous
+from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.choices import chosen
-from kernels.decode_linear_tiled import HalfNormed, asked_for, run_tiled, silu_mul_values
+from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values
 from kernels.rms_norm import rms_norm
 from kernels.rms_norm_linear import rms_norm as rms_norm_wide
 
@@ -133,7 +133,7 @@ def _load_vector(vector, BLOCK_K: tl.constexpr, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def decode_linear_vector_kernel(
-    x, norm_weight, weight, bias, y, soon, soon_size, rows, out, eps,
+    x, norm_weight, weight, bias, y, rows, out, eps,
     K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -147,8 +147,6 @@ def decode_linear_vector_kernel(
         w_up = _load_rows(weight + (w_column + out)[:, None] * K, BLOCK_K, K)
     if norm_weight is not None:
         gamma = _load_vector(norm_weight, BLOCK_K, K)
-    if soon is not None:
-        ask_share_into_l2(soon, soon_size)
     wait_for_previous(DEPENDENT)
     for r in tl.static_range(ROWS):
         # ROWS is the next power of two: surplus rows read the last row and are not stored.
@@ -258,7 +256,7 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit(do_not_specialize=["rows"])
 def decode_linear_matrix_kernel(
-    x, norm_weight, weight, bias, y, soon, soon_size, rows, out, eps,
+    x, norm_weight, weight, bias, y, rows, out, eps,
     K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PASSES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -288,8 +286,6 @@ def decode_linear_matrix_kernel(
         b = tl.load(bias + w_column).to(tl.float32)[:, None]
         if GATED:
             b_up = tl.load(bias + out + w_column).to(tl.float32)[:, None]
-    if soon is not None:
-        ask_share_into_l2(soon, soon_size)
     wait_for_previous(DEPENDENT)
 
     diagonal = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
@@ -486,15 +482,13 @@ def decode_linear(
     residual: Tensor | None = None,
     gated: bool = False,
     dependent: bool = False,
-    soon: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """A decode step's linear layer with what stands before and after it; shapes as in this module's docstring.
 
     Returns y, or `residual` itself, to which the product was added. `residual` must not share memory with x.
     A half-normed x brings its norm's weight in it; `eps` is wanted still, and the kernel is the tiled one.
-    `dependent`: launch dependently where the GPU can (kernels/_dependent.py); results are the same. `soon`: a matrix
-    that a kernel after this one reads: a dependent launch asks for it into the L2 while it waits. `launch` overrides
+    `dependent`: launch dependently where the GPU can (kernels/_dependent.py); results are the same. `launch` overrides
     the measured choice for this GPU and the default. ValueError if the arguments do not fit.
     """
     given = _check(x, weight, norm_weight, bias, residual, gated)
@@ -515,7 +509,7 @@ def decode_linear(
         if norm_weight is not None:
             x = rms_norm(given, norm_weight, eps, dependent=dependent)
         run_tiled(
-            x, weight, y, eps=eps, bias=bias, residual=residual is not None, gated=gated, dependent=dependent, soon=soon,
+            x, weight, y, eps=eps, bias=bias, residual=residual is not None, gated=gated, dependent=dependent,
             launch=launch if launch.kernel == "tiled" else _tiled_launch(*shape),
         )  # fmt: skip
         return y
@@ -526,7 +520,7 @@ def decode_linear(
         options["maxnreg"] = launch.registers
     if launch.kernel == "vector":
         decode_linear_vector_kernel[(-(-out // launch.block_n),)](
-            given, norm_weight, weight, bias, y, *asked_for(soon, dependent), rows, out, eps,
+            given, norm_weight, weight, bias, y, rows, out, eps,
             K=k, GATED=gated, RESIDUAL=residual is not None, ROWS=_power_of_two(rows), BLOCK_N=launch.block_n,
             BLOCK_K=launch.block_k, DEPENDENT=dependent, **options,
         )  # fmt: skip
@@ -534,7 +528,7 @@ def decode_linear(
     blocks = -(-rows // launch.block_m)
     passes = min(MATRIX_PASSES, _power_of_two(blocks))
     decode_linear_matrix_kernel[(-(-out // launch.block_n), -(-blocks // passes))](
-        given, norm_weight, weight, bias, y, *asked_for(soon, dependent), rows, out, eps,
+        given, norm_weight, weight, bias, y, rows, out, eps,
         K=k, GATED=gated, RESIDUAL=residual is not None, PASSES=passes, BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, WARPS=launch.num_warps,
         DEPENDENT=dependent, **options,
@@ -550,7 +544,6 @@ def decode_linear_half_norm(
     *,
     bias: Tensor | None = None,
     dependent: bool = False,
-    soon: Tensor | None = None,
     launch: Launch | None = None,
 ) -> HalfNormed:
     """`decode_linear` into the residual stream, which also brings the stream half through the norm that comes next.
@@ -569,7 +562,7 @@ def decode_linear_half_norm(
     launch = launch or best_launch(*shape, x.device)
     left = run_tiled(
         x, weight, residual, eps=0.0, bias=bias, residual=True, gated=False,
-        dependent=dependent and can_depend(x.device), soon=soon, next_norm_weight=next_norm_weight,
+        dependent=dependent and can_depend(x.device), next_norm_weight=next_norm_weight,
         launch=launch if launch is not None and launch.kernel == "tiled" else _tiled_launch(*shape),
     )  # fmt: skip
     assert left is not None

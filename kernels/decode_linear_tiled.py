@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernels._dependent import ask_into_l2, ask_share_into_l2, let_next_start, wait_for_previous
+from kernels._dependent import ask_into_l2, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._triton import tl, triton
 
@@ -76,9 +76,8 @@ def _sum_of_parts(place, size, SPLIT_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "squares_parts"])
 def decode_linear_tiled_kernel(
-    x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, soon,
-    soon_size, rows, out, squares_parts, eps,
-    K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, rows, out, squares_parts,
+    eps, K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PIECES: tl.constexpr, HELD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -124,8 +123,6 @@ def decode_linear_tiled_kernel(
             b = tl.load(bias + tl.minimum(column, out - 1)).to(tl.float32)[None, :]
     if next_norm_weight is not None:
         gamma = tl.load(next_norm_weight + column, mask=column < out, other=0.0).to(tl.float32)[None, :]
-    if soon is not None:
-        ask_share_into_l2(soon, soon_size)
     # Not in the loop: its loads are moved ahead of it, and some of them depend on the kernel before.
     wait_for_previous(DEPENDENT)
 
@@ -209,7 +206,6 @@ def run_tiled(
     gated: bool,
     dependent: bool,
     launch: Launch,
-    soon: Tensor | None = None,
     next_norm_weight: Tensor | None = None,
 ) -> HalfNormed | None:
     """Launches the kernel on checked arguments: writes y, or adds to it if it is the residual stream.
@@ -238,7 +234,7 @@ def run_tiled(
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     decode_linear_tiled_kernel[(tiles, split_k)](
         given, squares, weight, bias, y, next_norm_weight, left and left.rows, left and left.squares, parts, counters,
-        *asked_for(soon, dependent), rows, out, squares_parts, eps,
+        rows, out, squares_parts, eps,
         K=k, GATED=gated, RESIDUAL=residual,
         SQUARES=triton.next_power_of_2(max(1, squares_parts, k // SQUARES_COLUMNS)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT_K=split_k,
@@ -247,13 +243,6 @@ def run_tiled(
         num_warps=launch.num_warps, num_stages=launch.num_stages, **options,
     )  # fmt: skip
     return left
-
-
-def asked_for(matrix: Tensor | None, dependent: bool) -> tuple[Tensor | None, int]:
-    """A matrix for a later kernel and its bytes, a multiple of 16; None and 0 where nothing can be asked for."""
-    if matrix is None or not dependent or not matrix.is_contiguous() or matrix.data_ptr() % 16:
-        return None, 0
-    return matrix, matrix.numel() * matrix.element_size() // 16 * 16
 
 
 def _pieces(k: int, launch: Launch, element_bytes: int) -> int:

@@ -22,7 +22,6 @@ FEATURES = {
     "residual": "decode: the residual is added by the kernels of o_proj and down_proj",
     "norm_gate_up": "post_norm+gate_up_proj+silu_mul in one kernel",
     "half_norm": "decode, many rows: o_proj and down_proj also make half of the norm that comes next",
-    "weights_ahead": "decode: a product also asks for the next one's weights, into the L2, while it waits",
     "prefill_products": "prompts of few tokens: products as decode makes them",
     "head": "decode: final_norm+lm_head and the sampler's sums in one kernel",
     "last_rows": "prefill: after its keys, the last layer goes on with the rows to draw from alone",
@@ -71,7 +70,7 @@ def fallbacks(config: ModelConfig, device: torch.device, block_size: int) -> dic
     elif device.type == "cuda" and block_size < SMALLEST_BLOCK:
         reasons["attention"] = f"its kernel takes cache blocks of {SMALLEST_BLOCK} tokens or more"
     if not kernels.can_depend(device):
-        reasons["dependent"] = reasons["weights_ahead"] = "it needs a GPU of compute capability 9.0 or later"
+        reasons["dependent"] = "it needs a GPU of compute capability 9.0 or later"
     if no_graphs := why_no_graphs(device):
         reasons["prefill_graphs"] = no_graphs
     return reasons

@@ -6,7 +6,7 @@ The residual stream is `hidden` itself, changed in place; nano's second tensor f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ MAX_PREFILL_ATTENTION = 256
 
 @dataclass(slots=True)
 class FusedContext(StepContext):
-    """
+    """Of a step through fused layers.
+
     dependent: kernels of the step may start while the ones before them end
     half_normed: the residual stream half through the norm that comes next, where the product before left it
     """
@@ -57,7 +58,7 @@ def depends(context: StepContext) -> bool:
     return isinstance(context, FusedContext) and context.dependent
 
 
-def as_in_decode(context: StepContext) -> bool:
+def as_in_decode(context: StepContext) -> TypeGuard[FusedContext]:
     """Whether decode's kernels make the step's products, where they are the faster ones."""
     return isinstance(context, DecodeContext) or (isinstance(context, PrefillContext) and context.few)
 
@@ -71,11 +72,6 @@ def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, boo
 def product_is_fused(x: Tensor, weight: Tensor, gated: bool) -> bool:
     """Whether our kernel is faster than cuBLAS and separate kernels for x [rows, in] in a decode step here."""
     return best_launch(*shape_of(x.shape[0], weight, gated)) is not None
-
-
-def first(tensors: tuple[Tensor, ...]) -> Tensor | None:
-    """The one that is there, or None: in a tuple, a module does not take it for a parameter of its own."""
-    return tensors[0] if tensors else None
 
 
 class Norm(nn.Module):
@@ -104,7 +100,6 @@ class NormLinear(nn.Module):
         super().__init__()
         self._parts = (norm, linear)
         self.gated = gated
-        self.soon: tuple[Tensor, ...] = ()  # the weight of the product after it, for the L2
 
     def takes(self, hidden: Tensor, context: StepContext, max_prefill_rows: int) -> bool:
         """Whether one kernel is the faster way for so many rows."""
@@ -126,11 +121,10 @@ class NormLinear(nn.Module):
         """[tokens, out] from the residual stream [tokens, hidden]."""
         norm, linear = self._parts
         if as_in_decode(context):
-            assert isinstance(context, FusedContext)
             half_normed, context.half_normed = context.half_normed, None
             return kernels.decode_linear(
                 half_normed or hidden, linear.weight, norm_weight=None if half_normed else norm.weight, eps=norm.eps,
-                bias=linear.bias, gated=self.gated, dependent=context.dependent, soon=first(self.soon),
+                bias=linear.bias, gated=self.gated, dependent=context.dependent,
             )  # fmt: skip
         result: Any
         if self.gated:
@@ -150,7 +144,6 @@ class AddedLinear(nn.Module):
         super().__init__()
         self._linear = (linear,)
         self._next: tuple[NormLinear, ...] = ()
-        self.soon: tuple[Tensor, ...] = ()  # the weight of the product after it, for the L2
 
     def lead_to(self, following: NormLinear) -> None:
         """Nothing but `following` reads the residual stream before it is added to again."""
@@ -160,16 +153,13 @@ class AddedLinear(nn.Module):
         (linear,) = self._linear
         if not as_in_decode(context) or not product_is_fused(x, linear.weight, False):
             return hidden.addmm_(x, linear.weight.t())
-        assert isinstance(context, FusedContext)
         following = self._next
         if following and following[0].takes_half(x) and best_is_tiled(*shape_of(x.shape[0], linear.weight, False)):
             context.half_normed = decode_linear_half_norm(
-                x, linear.weight, hidden, following[0].norm_weight, dependent=context.dependent, soon=first(self.soon)
+                x, linear.weight, hidden, following[0].norm_weight, dependent=context.dependent
             )
             return hidden
-        return kernels.decode_linear(
-            x, linear.weight, residual=hidden, dependent=context.dependent, soon=first(self.soon)
-        )
+        return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=context.dependent)
 
 
 class RopeCache(nn.Module):
@@ -261,17 +251,11 @@ class FusedLayer(nn.Module):
         self.added_down = AddedLinear(mlp.down_proj)
         if {"half_norm", "norm_gate_up"} <= features:
             self.added_o.lead_to(self.norm_gate_up)
-        if "weights_ahead" in features:
-            self.norm_qkv.soon = (attention.o_proj.weight,)
-            self.added_o.soon = (mlp.gate_up_proj.weight,)
-            self.norm_gate_up.soon = (mlp.down_proj.weight,)
 
     def followed_by(self, layer: FusedLayer) -> None:
         """`layer` comes next."""
         if {"half_norm", "norm_qkv"} <= self.features:
             self.added_down.lead_to(layer.norm_qkv)
-        if "weights_ahead" in self.features:
-            self.added_down.soon = (layer.plain.self_attn.qkv_proj.weight,)
 
     @property
     def cache(self) -> KVWrite:

@@ -156,7 +156,7 @@ def decode_linear(
 
     kernels.decode_linear(
         new(rows, k), new(weight_rows, k), norm_weight=new(k) if norm else None, eps=1e-6, gated=gated,
-        residual=new(rows, weight_rows) if residual else None, dependent=True, soon=new(1024, 3072), launch=launch,
+        residual=new(rows, weight_rows) if residual else None, dependent=True, launch=launch,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def norm_in_halves(
         return torch.empty(shape, dtype=dtype, device=META)
 
     half = decode_linear_half_norm(
-        new(rows, k), new(hidden, k), new(rows, hidden), new(hidden), dependent=True, soon=new(1024, 3072), launch=first
+        new(rows, k), new(hidden, k), new(rows, hidden), new(hidden), dependent=True, launch=first
     )
     kernels.decode_linear(half, new(2 * inter, hidden), eps=1e-6, gated=True, dependent=True, launch=second)
 
