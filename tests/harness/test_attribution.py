@@ -217,6 +217,10 @@ DECODE_ENDS = {
         ["decode_head_kernel", "choose_token_kernel"],
         ["-1 head final_norm+lm_head", "-1 sample sample"],
     ),
+    "a product, then its sums": (
+        [LINEAR, "tile_stats_kernel", "choose_token_kernel"],
+        ["-1 head final_norm+lm_head", "-1 sample sample", "-1 sample sample"],
+    ),
     "cuBLAS": (
         [NORM, GEMM, "tile_stats_kernel", "choose_token_kernel"],
         ["-1 head final_norm", "-1 head lm_head", "-1 sample sample", "-1 sample sample"],
