@@ -255,7 +255,6 @@ def main() -> int:
         return 2
     show(made)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.json, made)
     return 0
 

@@ -41,6 +41,7 @@ from engines.nano import LLM as Nano
 from engines.nano.graphs import BATCH_SIZES
 from harness import machine
 from harness.config import compose
+from harness.limits import device_of
 from harness.results import write_json
 from harness.verify import FLOAT32_KL, FLOAT32_NLL_DELTA, differences
 from harness.weights import resolve
@@ -320,13 +321,12 @@ def main() -> int:
         parser.print_help()
         return 0
     arguments = parser.parse_args()
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     provenance = machine.provenance()
-    name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
-    made: dict[str, Any] = {"device": name, "provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": []}
+    made: dict[str, Any] = {"provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": []}
     try:
+        device = device_of(arguments.device)
+        name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
+        made = {"device": name, **made}
         for model in arguments.models.split(","):
             for engine in arguments.engines.split(","):
                 if engine not in ENGINES:
@@ -335,7 +335,6 @@ def main() -> int:
                     made["rows"].append(row)
                     print(line(row), flush=True)
                     if arguments.json:  # whatever comes after, this much is there
-                        arguments.json.parent.mkdir(parents=True, exist_ok=True)
                         write_json(arguments.json, made)
     except InputError as error:
         print(error, file=sys.stderr)

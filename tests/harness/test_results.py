@@ -18,7 +18,7 @@ import pytest
 
 from engines.base import InputError, RequestResult
 from harness import results
-from harness.results import RunWriter, load, request_row
+from harness.results import RunWriter, load, request_row, write_json
 from harness.schema import SCHEMA_VERSION, TABLES
 from harness.slim import slim
 
@@ -346,3 +346,12 @@ def test_reference_refresh_command(tmp_path: Path) -> None:
     broken = _refresh(tmp_path / "nowhere", "--to", tmp_path / "h200")
     assert (broken.returncode, broken.stdout) == (2, "") and "not a folder" in broken.stderr
     assert "RUN is a run's folder" in _refresh().stdout
+
+
+def test_a_json_file_gets_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "folder" / "made.json"
+    write_json(file, {"a": 1})
+    assert json.loads(file.read_text()) == {"a": 1}
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "none" / "made.json", {"a": float("nan")})
+    assert not (tmp_path / "none").exists()
