@@ -777,7 +777,7 @@ def candidates(
             if head_dim >= 64 * parts and not few and (number == 1 or programs * number <= FULL_PROGRAMS * 2):
                 found.append(Launch(block_n, number, block_n, num_warps, True, fragments=parts, registers=registers))
     programs = rows * kv_heads
-    for block_n, num_warps, num_stages in ((32, 1, 3), (32, 1, 5), (64, 4, 5), (128, 4, 5)):
+    for block_n, num_warps, num_stages in ((32, 1, 3), (32, 1, 5), (64, 2, 3), (64, 4, 5), (128, 4, 5)):
         for number in splits(num_warps):
             few = programs * number < FULL_PROGRAMS // 4 and number < splits(num_warps)[-1]
             if not few and (number == 1 or programs * number <= FULL_PROGRAMS * 2):

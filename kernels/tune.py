@@ -73,7 +73,7 @@ HEAD_ROWS = 16
 """Above, the engine uses cuBLAS and `tile_stats`."""
 VECTOR_ROWS = 8
 MAX_CONTEXT = 4096
-ATTENTION_TRIES = 8
+ATTENTION_TRIES = 5
 """How many of the fastest at short contexts are timed at long ones."""
 MATRIX_ROWS = 64
 TILED_ROWS = 8
