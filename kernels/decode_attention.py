@@ -59,6 +59,8 @@ SPLIT_TOKENS = 256
 """Part a context into pieces of at least about so many keys: merging the parts costs more than it gains below."""
 FULL_PROGRAMS = 256
 """Split until about so many programs run: a large GPU's multiprocessors have one or two each."""
+REGISTER_ROWS = 4
+"""Up to here launches without tensor cores are tried, in types of 2 bytes."""
 MERGED_ELEMENTS = 64
 """Elements of all parts that a thread of the merging program holds in registers at most."""
 
@@ -759,7 +761,8 @@ def candidates(
 
     group = heads // kv_heads
     together = 1 < group <= 4 and 4 * rows * heads > FULL_PROGRAMS
-    for own in (1, 0) if together else (1,):
+    from_registers = rows <= REGISTER_ROWS or element_bytes != 2
+    for own in () if not from_registers else (1, 0) if together else (1,):
         programs = 2 * rows * (heads if own else kv_heads)
         for waves, num_warps, registers in ((8, 8, 0), (8, 8, 128), (8, 4, 0), (4, 8, 0)):
             block_n = waves * _keys_at_once(num_warps, head_dim, element_bytes)
