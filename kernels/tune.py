@@ -10,8 +10,8 @@ choice says so. The tiled kernel takes its norm half made from the product befor
 The best are then tried in the chain of all layers and, for few rows, the head, because a kernel's neighbours share the
 multiprocessors with it.
 
-Attention is timed after the projection before it, whose time is taken off again, at short and at long contexts: one
-launch serves all lengths, and the best is that of the least product of both times.
+Attention is timed between the projections before and after it, whose time is taken off again, at short and at long
+contexts: one launch serves all lengths, and the best is that of the least product of both times.
 
 Kernels are compiled first, by many processes, into Triton's cache.
 """
