@@ -10,6 +10,9 @@ from scripts.tables.registry import markdown, table
 from scripts.tables.sources import REFERENCE, ROOT
 
 
+SANITIZER_CLEAN = "ERROR SUMMARY: 0 errors"
+
+
 def _read(file: str) -> dict[str, Any] | None:
     path = ROOT / file
     return json.loads(path.read_text()) if path.is_file() else None
@@ -112,3 +115,15 @@ def startup(file: str = f"{REFERENCE}/startup.json") -> str:
         f"File: `{file}`."
     )
     return "\n\n".join([markdown(["start", "s", "goal, s"], rows, left=1), source])
+
+
+@table("memcheck")
+def memcheck(file: str = f"{REFERENCE}/memcheck.json") -> str:
+    """Of scripts/memcheck.sh: what compute-sanitizer said, in its own words."""
+    made = _read(file)
+    if made is None:
+        return "Not measured yet (`scripts/memcheck.sh`)."
+    clean = made["exit_code"] == 0 and made["summary"].startswith(SANITIZER_CLEAN) and "passed" in made["tests"]
+    rows = [[made["tool"], made["chosen"], made["tests"] or "none", made["summary"], "clean" if clean else "NOT clean"]]
+    source = f"{made['device']}, the trained tiny checkpoint, launch by launch. File: `{file}`."
+    return "\n\n".join([markdown(["tool", "of the tests", "tests", "it said", "outcome"], rows, left=5), source])
