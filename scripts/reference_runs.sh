@@ -34,8 +34,8 @@ run() {
 }
 
 # fused with these features (`[]` for none, nothing for all) and, a few at a time, with each feature below `prefix`.
-# They start at once, so each gets few of the cores' threads; a small budget of tokens keeps steps, and with them memory
-# and graphs, as small as the workload is.
+# They start at once, so each gets few threads and compiles by itself (torch would give each a pool as wide as the
+# machine); a small budget of tokens keeps steps, and with them memory and graphs, as small as the workload is.
 ablate() {
   local reference=$1 prefix=$2 into=$3 first features engines at_once groups
   mapfile -t features < <("$python" -c 'from engines.fused.features import FEATURES; print(*FEATURES, sep="\n")')
@@ -44,7 +44,7 @@ ablate() {
   for ((first = 0; first < ${#features[@]}; first += at_once)); do
     engines=$reference
     for feature in "${features[@]:first:at_once}"; do engines+=",fused:features=[$prefix$feature]"; done
-    run env OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" "$python" -m harness.compare "engines=[$engines]" \
+    run env OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=1 "$python" -m harness.compare "engines=[$engines]" \
       workload=ablation model="${MODEL:-qwen3-0.6b}" rounds="${ROUNDS:-4}" launches="${LAUNCHES:-1}" \
       into="$results/$into-$first" limits.max_num_batched_tokens=2048 limits.kv_cache_tokens=69632 "${common[@]}"
   done

@@ -9,7 +9,6 @@ from typing import Any
 from scripts.tables.registry import markdown, table
 from scripts.tables.sources import REFERENCE, ROOT
 
-
 SANITIZER_CLEAN = "ERROR SUMMARY: 0 errors"
 
 
