@@ -54,7 +54,8 @@ file, *told, code = sys.argv[1:]
 Path(file).parent.mkdir(parents=True, exist_ok=True)
 made = dict(zip(("tool", "chosen", "summary", "tests"), map(str.strip, told)))
 provenance = machine.provenance()
-write_json(Path(file), {"device": provenance["gpu"]["name"], "provenance": provenance, **made, "exit_code": int(code)})
+device = provenance["gpu"]["name"] if provenance["gpu"] else provenance["cpu"]["model"]
+write_json(Path(file), {"device": device, "provenance": provenance, **made, "exit_code": int(code)})
 PYTHON
 # A run that checked nothing is no success.
 [[ $code -eq 0 && $tests == *passed* && $summary == 'ERROR SUMMARY: 0 errors'* ]] || exit 1

@@ -7,7 +7,7 @@
 #   ablation     fused without each of its features, taking turns with all of them                        180 s
 #   validate     decode logits at every captured batch size and where contexts cross borders              150 s
 #   soak         10,000 random requests through a cache too small for them                                150 s
-#   memcheck     compute-sanitizer over the kernels                                                       150 s
+#   memcheck     compute-sanitizer over the kernels                                                       180 s
 #   checks       these three at once: none of them is timed; what they say goes to $RESULTS/PART.log
 #   ops          RMSNorm and the linear layer after it, fused and not, from 1 to 16,384 rows              150 s
 #   serving      requests that arrive at several rates, nano and fused                                    150 s
@@ -26,7 +26,7 @@
 #   MODEL=qwen3-0.6b     the model of all parts but soak and memcheck
 #   PYTHON=.venv/bin/python  DRY_RUN=1 (only prints the commands)
 #
-# Exit code: 0, or 1 where a part failed.
+# A part's results are measured once: for another time name another $RESULTS. Exit code: 0, or 1 where a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -101,7 +101,7 @@ part() {
     serving) harness serving "$(limit serving 150)" engine=nano,fused "${serve[@]}" ;;
     energy) harness energy "$(limit energy 120)" engine=fused,nano "${spend[@]}" ;;
     memcheck)
-      within memcheck "$(limit memcheck 150)" env JSON="$RESULTS/memcheck.json" scripts/memcheck.sh \
+      within memcheck "$(limit memcheck 180)" env JSON="$RESULTS/memcheck.json" scripts/memcheck.sh \
         "${CHECKED:-bfloat16}"
       ;;
     vllm)
