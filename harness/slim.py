@@ -96,6 +96,18 @@ def slim_comparison(folder: Path | str, target: Path | str, max_iterations: int)
         shutil.rmtree(temp, ignore_errors=True)
 
 
+def slim_json(file: Path | str, target: Path | str) -> None:
+    """Copy the record in `file` to `target` without folders of this machine. InputError: it is no JSON object."""
+    try:
+        record = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read {file}: {error}.") from error
+    if not isinstance(record, dict):
+        raise InputError(f"Cannot read {file}: it does not hold an object.")
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_text(json.dumps(_without_folders(record), indent=2) + "\n")
+
+
 def _put(whole: Path, target: Path) -> None:
     """Move the folder `whole` to `target`, in place of what stood there, which is gone only afterwards."""
     old = target.with_name(f".{target.name}.old")

@@ -21,11 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engines.base import InputError
-from harness.report import latency, layers, style
+from harness.report import ablation, latency, layers, ops, serving, style
 from harness.report.data import Data, Shape
 from harness.report.plots import by_itself, inline
+from scripts.tables import studies
 from scripts.tables.comparison import COMPARISON
-from scripts.tables.sources import REFERENCE
+from scripts.tables.sources import REFERENCE, runs
 
 IMAGES = ROOT / "docs" / "images"
 ENGINES = ("vllm", "nano", "fused")
@@ -47,7 +48,47 @@ def time_per_layer() -> Figure:
     return layers.bars([found[engine] for engine in ENGINES])
 
 
+def feature_costs() -> Figure:
+    """What each call takes longer without each feature."""
+    data = Data.read(*studies.comparisons(ROOT / REFERENCE, studies.WITHOUT))
+    [family] = ablation.families(data)
+    return ablation.drawn(family)
+
+
+def op_study() -> Figure:
+    """RMSNorm and the linear layer after it over rows, all products of the study."""
+    data = Data.read(*of_reference(lambda run: run.get("study")))
+    weights = ops.medians(data).groupby(ops.KEYS)
+    of = {run["run_id"]: run for run in data.runs.runs}
+    return ops.drawn(
+        [
+            (f"{key[1]}, W {key[-1].replace('x', ' × ')}", group.droplevel(ops.KEYS).dropna(axis=1, how="all"),
+             ops.unfused(of[key[0]]))
+            for key, group in weights
+        ]
+    )  # fmt: skip
+
+
+def latency_over_rate() -> Figure:
+    """Requests that arrive over time."""
+    data = Data.read(*of_reference(lambda run: run.get("serving")))
+    [setting] = data.settings
+    return serving.curves([(entry, entry.run["serving"]) for entry in setting.entries])
+
+
+def of_reference(wanted: Callable[[dict], object]) -> list[Path]:
+    """Folders of the committed runs of which `wanted` is true."""
+    return [Path(run["run_dir"]) for run in runs(REFERENCE).runs if wanted(run)]
+
+
 PLOTS: dict[str, Callable[[], Figure]] = {"time-per-token": time_per_token, "time-per-layer": time_per_layer}
+# Those of runs that may not be there yet; tables of the same runs name them.
+if studies.comparisons(ROOT / REFERENCE, studies.WITHOUT):
+    PLOTS["ablation"] = feature_costs
+if of_reference(lambda run: run.get("study")):
+    PLOTS["op-study"] = op_study
+if of_reference(lambda run: run.get("serving")):
+    PLOTS["serving"] = latency_over_rate
 
 
 @cache

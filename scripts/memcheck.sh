@@ -13,6 +13,7 @@ cannot run so; the tests launch the same kernels one by one.
 From the environment:
     TOOL=memcheck       or racecheck, initcheck, synccheck
     LOG                 where the tool's log stays (default: a temporary file that goes away)
+    JSON                a file for the outcome, small enough to commit
     SANITIZER           default: compute-sanitizer
     PYTHON              default: .venv/bin/python if there is one, else python3
 
@@ -42,5 +43,19 @@ tests=$(grep -E '^(=+ )?[0-9]+ (passed|failed|skipped|error|deselected)' "$folde
 summary=$(grep -o 'ERROR SUMMARY: .*' "$log" 2> /dev/null | tail -n 1 || true)
 [[ $code -eq 0 ]] || tail -n 40 "$folder/tests"
 echo "$tool: ${summary:-no summary}; tests: ${tests:-none}"
+[[ -z ${JSON:-} ]] || "$python" - "$JSON" "$tool" "$1" "${summary:-no summary}" "$tests" "$code" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from harness import machine
+from harness.results import write_json
+
+file, *told, code = sys.argv[1:]
+Path(file).parent.mkdir(parents=True, exist_ok=True)
+made = dict(zip(("tool", "chosen", "summary", "tests"), map(str.strip, told)))
+provenance = machine.provenance()
+device = provenance["gpu"]["name"] if provenance["gpu"] else provenance["cpu"]["model"]
+write_json(Path(file), {"device": device, "provenance": provenance, **made, "exit_code": int(code)})
+PYTHON
 # A run that checked nothing is no success.
 [[ $code -eq 0 && $tests == *passed* && $summary == 'ERROR SUMMARY: 0 errors'* ]] || exit 1

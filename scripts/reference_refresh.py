@@ -2,10 +2,11 @@
 
     python scripts/reference_refresh.py RUN... --to results/reference/h200 [--iterations 20]
 
-RUN is a run's folder, a folder with runs below it, or a comparison's folder. Each run goes to `<to>/<name>`, where the
-name is the run's engine, model and workload if `run.json` tells them, else its folder's name; a comparison goes to
-`<to>/compare-<model>-<workload>-<engines>`, one of a single engine's variants to `<to>/<its folder's name>`. What stood
-there is replaced.
+RUN is a folder with runs and comparisons at any depth, and JSON files of scripts beside them, or one of these. Each
+run goes to `<to>/<name>`, where the name is the run's engine, model and workload if `run.json` tells them, else its
+folder's name; a comparison goes to `<to>/compare-<model>-<workload>-<engines>`, one of a single engine's variants to
+`<to>/<its folder's name>`; a JSON file keeps its name. What stood there is replaced. What was not finished is left out,
+and named.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines.base import InputError
 from harness.machine import machine_slug
-from harness.results import COMPARISON_FILE, load
-from harness.slim import slim, slim_comparison
+from harness.results import COMPARISON_FILE, RUN_FILE, load
+from harness.slim import slim, slim_comparison, slim_json
 
 _ITERATIONS = 20
 """Kept of each shape: enough for a median within a few percent, small enough for a repository."""
@@ -32,8 +33,44 @@ def _name(run: dict[str, Any]) -> str:
     return "-".join(parts) if len(parts) == 3 else Path(run["run_dir"]).name
 
 
-def _size_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _size_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+def _told(path: Path, source: str) -> None:
+    print(f"{_size_bytes(path) / 1e3:9.1f} kB  {path.name}  from {source}")
+
+
+def _finished(path: Path) -> bool:
+    done = json.loads(path.read_text()).get("status") not in ("running", "failed", "interrupted")
+    if not done:
+        print(f"left out, for it was not finished: {path.parent}", file=sys.stderr)
+    return done
+
+
+def sources(given: list[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    """(comparisons, runs that belong to none, JSON files) of what was given, without what was not finished.
+
+    InputError: a path that holds none of these.
+    """
+    comparisons: dict[Path, None] = {}
+    runs: dict[Path, None] = {}
+    files: dict[Path, None] = {}
+    for path in given:
+        before = len(comparisons) + len(runs) + len(files)
+        if path.is_file():
+            files[path] = None
+            continue
+        # Launches have a file of that name, too, which says nothing of settings.
+        claimed = [p for p in sorted(path.rglob(COMPARISON_FILE)) if "settings" in json.loads(p.read_text())]
+        comparisons |= dict.fromkeys(p.parent for p in claimed if _finished(p))
+        inside = {p.parent.resolve() for p in claimed}
+        found = [p for p in sorted(path.rglob(RUN_FILE)) if inside.isdisjoint(p.resolve().parents)]
+        runs |= dict.fromkeys(p.parent for p in found if _finished(p))
+        files |= dict.fromkeys(p for p in sorted(path.glob("*.json")) if p.name not in (COMPARISON_FILE, RUN_FILE))
+        if len(comparisons) + len(runs) + len(files) == before and not (claimed or found):
+            raise InputError(f"{path} holds no run, no comparison and no JSON file.")
+    return list(comparisons), list(runs), list(files)
 
 
 def main() -> int:
@@ -47,7 +84,7 @@ def main() -> int:
         return 0
     arguments = parser.parse_args()
     try:
-        comparisons = [Path(path) for path in arguments.runs if (Path(path) / COMPARISON_FILE).is_file()]
+        comparisons, folders, files = sources([Path(path) for path in arguments.runs])
         for source in comparisons:
             settings = json.loads((source / COMPARISON_FILE).read_text())["settings"]
             engines = dict.fromkeys(label.partition(":")[0] for label in settings["engines"])
@@ -55,15 +92,17 @@ def main() -> int:
             # Variants of one engine, of which there may be several comparisons, are known by their folder.
             target = arguments.to / ("-".join(name) if len(engines) > 1 else source.name)
             slim_comparison(source, target, arguments.iterations)
-            print(f"{_size_bytes(target) / 1e3:9.1f} kB  {target.name}  from {source.name}")
-        rest = [path for path in arguments.runs if Path(path) not in comparisons]
-        runs = load(*rest).runs if rest else []
+            _told(target, source.name)
+        for file in files:
+            slim_json(file, arguments.to / file.name)
+            _told(arguments.to / file.name, file.name)
+        runs = load(*folders).runs if folders else []
         targets = {_name(run): Path(run["run_dir"]) for run in runs}
         if len(targets) < len(runs):
             raise InputError("Two of these runs would get the same name; give one run of each engine and workload.")
         for name, source in sorted(targets.items()):
             slim(source, arguments.to / name, arguments.iterations)
-            print(f"{_size_bytes(arguments.to / name) / 1e3:9.1f} kB  {name}  from {source.name}")
+            _told(arguments.to / name, source.name)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

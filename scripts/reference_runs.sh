@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
 # Measures what results/reference/ holds, on this machine's GPU:
 #
-#   scripts/reference_runs.sh PART...      parts: compare ablation ops latency throughput grid trial, or all
+#   scripts/reference_runs.sh PART...      parts: compare ablation alone ops latency throughput grid trial, or all
 #
 # compare     nano_vllm, nano, fused and vLLM's serving arms taking turns
-# ablation    fused without each of its features beside all of them, and with each alone beside none
+# ablation    fused without each of its features, taking turns with all of them
+# alone       fused with each of its features alone, taking turns with none
 # ops         RMSNorm and the linear layer after it, fused and not, from 1 to 16,384 rows
 # latency     single steps of vllm, nano and fused, with layers
 # throughput  nano-vLLM's 256 requests, each engine
 # grid        single steps to 4,096 tokens and 256 sequences, vllm and nano
 # trial       whether harness.regress calls the same slower, and finds 3 % planted into a step
 #
+# What checks fused and studies it beside these, with a time limit each, is in scripts/reference_checks.sh.
+#
 # Results go to $RESULTS (results/reference-runs); `python scripts/reference_refresh.py` makes them small enough to
 # commit, and trial's regress-trial.json is so already. Needs vllm, and for compare nano-vLLM. PYTHON names the
 # interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain launches in trial, WEIGHTS the
-# checkpoint (random), SHARE and CACHE_TOKENS what each engine gets of an H200 in compare, OPS_MODEL whose shapes ops
-# takes (qwen3-0.6b, or all), DRY_RUN=1 only prints the commands. A part that fails does not stop the next one.
+# checkpoint (random), SHARE and CACHE_TOKENS what each engine gets of an H200 in compare, TOGETHER how many engines
+# there are at once in ablation and alone (9, each takes up to 13 GB), OPS_MODEL whose shapes ops takes (qwen3-0.6b, or
+# all), MODEL whose weights ablation and alone run (qwen3-0.6b), DRY_RUN=1 only prints the commands. A part that fails does not stop the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,9 +33,21 @@ run() {
   if [[ -z ${DRY_RUN:-} ]]; then "$@" || failed=1; fi
 }
 
+# fused with these features (`[]` for none, nothing for all) and, a few at a time, with each feature below `prefix`.
+# They start at once, so each gets few threads and compiles by itself (torch would give each a pool as wide as the
+# machine); a small budget of tokens keeps steps, and with them memory and graphs, as small as the workload is.
 ablate() {
-  run "$python" -m harness.compare "$@" workload=ablation rounds="${ROUNDS:-4}" launches="${LAUNCHES:-1}" \
-    limits.kv_cache_tokens=69632 "${common[@]}"
+  local reference=$1 prefix=$2 into=$3 first features engines at_once groups
+  mapfile -t features < <("$python" -c 'from engines.fused.features import FEATURES; print(*FEATURES, sep="\n")')
+  groups=$(((${#features[@]} + ${TOGETHER:-9} - 2) / (${TOGETHER:-9} - 1)))
+  at_once=$(((${#features[@]} + groups - 1) / groups))
+  for ((first = 0; first < ${#features[@]}; first += at_once)); do
+    engines=$reference
+    for feature in "${features[@]:first:at_once}"; do engines+=",fused:features=[$prefix$feature]"; done
+    run env OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=1 "$python" -m harness.compare "engines=[$engines]" \
+      workload=ablation model="${MODEL:-qwen3-0.6b}" rounds="${ROUNDS:-4}" launches="${LAUNCHES:-1}" \
+      into="$results/$into-$first" limits.max_num_batched_tokens=2048 limits.kv_cache_tokens=69632 "${common[@]}"
+  done
 }
 
 part() {
@@ -44,20 +60,12 @@ part() {
         launches="${LAUNCHES:-1}" into="$results/compare" limits.gpu_memory_utilization="${SHARE:-0.18}" \
         limits.kv_cache_tokens="${CACHE_TOKENS:-214016}" "${common[@]}"
       ;;
-    ablation)
-      # A few at a time: they start together, and each takes some 15 GB while its output is verified.
-      mapfile -t features < <("$python" -c 'from engines.fused.features import FEATURES; print(*FEATURES, sep="\n")')
-      for ((first = 0; first < ${#features[@]}; first += 5)); do
-        without='' alone=''
-        for feature in "${features[@]:first:5}"; do
-          without+=",fused:features=[-$feature]"
-          alone+=",fused:features=[$feature]"
-        done
-        ablate "engines=[fused$without]" into="$results/ablation-without-$first"
-        ablate "engines=[fused:features=[]$alone]" into="$results/ablation-alone-$first"
-      done
+    ablation) ablate fused - ablation-without ;;
+    alone) ablate 'fused:features=[]' '' ablation-alone ;;
+    ops)
+      run "$python" -m harness.ops op=rms_norm_linear model="${OPS_MODEL:-qwen3-0.6b}" results="$results" \
+        max_iterations=100 max_seconds_per_shape=1.0
       ;;
-    ops) run "$python" -m harness.ops op=rms_norm_linear model="${OPS_MODEL:-qwen3-0.6b}" results="$results" ;;
     latency) run "$python" -m harness -m engine=vllm,nano,fused workload=latency "${common[@]}" ;;
     throughput) run "$python" -m harness -m engine=vllm,nano,fused workload=throughput "${common[@]}" ;;
     grid)
@@ -69,7 +77,7 @@ part() {
         --json "$results/regress-trial.json"
       ;;
     *)
-      echo "There is no part $1; the parts are compare, ablation, ops, latency, throughput, grid, trial, all." >&2
+      echo "There is no part $1; the parts are compare, ablation, alone, ops, latency, throughput, grid, trial, all." >&2
       exit 2
       ;;
   esac
@@ -79,6 +87,6 @@ if (($# == 0)); then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
   exit 0
 fi
-[[ $* == all ]] && set -- compare ablation ops latency throughput grid trial
+[[ $* == all ]] && set -- compare ablation alone ops latency throughput grid trial
 for name in "$@"; do part "$name"; done
 exit "$failed"

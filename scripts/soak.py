@@ -5,7 +5,8 @@
 Requests of random lengths come in bursts; some begin alike, some end at a stop token, some are aborted: waiting,
 running or with a step in the air. The cache holds a fraction of those that run, so that sequences wait, are preempted
 and find prefixes again. The model is the trained tiny checkpoint in float32, whose greedy choices are far apart; nano
-continues the same prompts with room for all of them, without reuse, preemption or aborts.
+continues the same prompts with room for all of them, without reuse, preemption or aborts. With --seconds no more
+requests come after that time; those that came are finished and judged, and the record says how many there were.
 
 It passes if
 - every token is nano's: of an aborted request those that came. Where the two part, the logits of transformers decide: a
@@ -19,6 +20,7 @@ Exit codes: 0 passed, 1 not, 2 it cannot be done.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -69,7 +71,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of the jobs: tokens of each, and what the engine held meanwhile."""
+    """What came of the jobs: tokens of each that came, in their order, and what the engine held meanwhile."""
 
     tokens: dict[str, list[int]]
     steps: int
@@ -97,10 +99,10 @@ def jobs(count: int, seed: int) -> list[Job]:
     return made
 
 
-def soak(engine: Nano, todo: Sequence[Job]) -> Outcome:
-    """Run all jobs step by step; memory is read SAMPLES times."""
+def soak(engine: Nano, todo: Sequence[Job], seconds: float = math.inf) -> Outcome:
+    """Run the jobs step by step, those that come before `seconds` are over; memory is read up to SAMPLES times."""
     device = engine.config.device
-    tokens: dict[str, list[int]] = {job.request.request_id: [] for job in todo}
+    tokens: dict[str, list[int]] = {}
     aborts: dict[int, list[str]] = {}
     for job in todo:
         if job.abort_after is not None:
@@ -110,8 +112,11 @@ def soak(engine: Nano, todo: Sequence[Job]) -> Outcome:
     every = max(1, len(todo) // SAMPLES)
     start_s = time.perf_counter()
     while came < len(todo) or engine.has_unfinished():
+        if time.perf_counter() - start_s > seconds:
+            todo = todo[:came]
         while came < len(todo) and todo[came].arrival <= step:
             engine.add(todo[came].request)
+            tokens[todo[came].request.request_id] = []
             came += 1
         if step in aborts:
             engine.abort(aborts[step])
@@ -204,13 +209,13 @@ def compare(
     return found
 
 
-def record(config: EngineConfig, todo: Sequence[Job], seed: int, ran: Outcome, found: Comparison) -> dict[str, Any]:
-    """What the JSON file holds."""
+def record(config: EngineConfig, asked: int, seed: int, ran: Outcome, found: Comparison) -> dict[str, Any]:
+    """What the JSON file holds; `asked` requests were to come."""
     grown = growth(ran.memory)
     provenance = machine.provenance()
     device = provenance["gpu"]["name"] if config.device == "cuda" else provenance["cpu"]["model"]
     flat = all(grown[name] <= GROWTH[name] for name in grown)
-    passed = flat and not found.differing and ran.free_blocks[0] == ran.free_blocks[1]
+    passed = flat and bool(found.equal_tokens) and not found.differing and ran.free_blocks[0] == ran.free_blocks[1]
     return {
         "passed": passed,
         "device": device,
@@ -221,7 +226,8 @@ def record(config: EngineConfig, todo: Sequence[Job], seed: int, ran: Outcome, f
         "limits": {
             name: getattr(config, name) for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens")
         },
-        "requests": len(todo),
+        "requests": len(ran.tokens),
+        "asked": asked,
         "steps": ran.steps,
         "seconds": ran.seconds,
         "preemptions": ran.preemptions,
@@ -241,22 +247,24 @@ def engine_config(device: str) -> EngineConfig:
     )  # fmt: skip
 
 
-def run(count: int, seed: int, device: str) -> dict[str, Any]:
+def run(count: int, seed: int, device: str, seconds: float = math.inf) -> dict[str, Any]:
     """Everything; returns what the JSON file holds."""
     config, todo = engine_config(device), jobs(count, seed)
     engine = Fused(config)
     try:
-        ran = soak(engine, todo)
+        ran = soak(engine, todo, seconds)
     finally:
         engine.close()
-    print(f"{count} requests in {ran.steps} steps, {ran.seconds:.0f} s; now nano", flush=True)
-    return record(config, todo, seed, ran, compare(todo, ran.tokens, reference(config, todo), config))
+    came = todo[: len(ran.tokens)]
+    print(f"{len(came)} of {count} requests in {ran.steps} steps, {ran.seconds:.0f} s; now nano", flush=True)
+    return record(config, count, seed, ran, compare(came, ran.tokens, reference(config, came), config))
 
 
 def show(made: Mapping[str, Any]) -> None:
     """The outcome in a few lines."""
     free = made["free_blocks"]
-    print(f"{made['requests']} requests ({made['aborted']} aborted), {made['preemptions']} preemptions")
+    came = f"{made['requests']} of {made['asked']} requests"
+    print(f"{came} ({made['aborted']} aborted), {made['preemptions']} preemptions")
     print(f"tokens equal to nano's: {made['equal_tokens']}; ties: {made['ties']}; differing: {made['differing'][:9]}")
     print(f"free blocks: {free['start']} at the start, {free['end']} at the end")
     for name, grown in made["growth"].items():
@@ -268,6 +276,7 @@ def main() -> int:
     """Exit code 0, 1 or 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no more requests come")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
@@ -276,7 +285,7 @@ def main() -> int:
         return 0
     arguments = parser.parse_args()
     try:
-        made = run(arguments.requests, arguments.seed, device_of(arguments.device))
+        made = run(arguments.requests, arguments.seed, device_of(arguments.device), arguments.seconds)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -8,6 +8,9 @@ new folder: the first start finds them empty, the second finds what the first ha
 their run.json: importing the engine, loading weights, sizing the cache, compiling, capturing graphs; not Python's own
 start, torch's import or making random weights. What follows `--` are overrides of the harness.
 
+--caches keeps the caches, in `triton_cache_dir` and `torchinductor_cache_dir` of a folder that must be new: what a cold
+start has compiled need not be compiled again by whatever runs next.
+
 Exit codes: 0 done, 2 it cannot be done.
 """
 

@@ -13,13 +13,15 @@ that of transformers in the same dtype is at most FACTOR, and the same of |dNLL|
 absolute bounds. Cases with graphs are run again without: logits of the same tokens must be equal within rounding.
 
 Models: `tiny` is the trained checkpoint of the tests in float32, `tiny-bf16` in bfloat16, others are names of
-conf/model with random weights in bfloat16. Exit codes: 0 all passed, 1 some did not, 2 it cannot be done.
+conf/model with random weights in bfloat16. With --seconds no case begins after that time; the record names those that
+are left out. Exit codes: 0 all that were judged passed, 1 some did not or none was judged, 2 it cannot be done.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -272,8 +274,13 @@ def setting(model: str, device: str, max_rows: int) -> tuple[EngineConfig, int]:
     return config, vocab
 
 
-def validated(engine_name: str, model: str, device: str, max_rows: int, positions: int) -> Iterator[dict[str, Any]]:
-    """The rows of one engine and model, as they are measured."""
+def validated(
+    engine_name: str, model: str, device: str, max_rows: int, positions: int, deadline_s: float, left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one engine and model, as they are measured; what there is no time for goes to `left_out`."""
+    if time.perf_counter() > deadline_s:
+        left_out.append(f"all of {engine_name} {model}")
+        return
     config, vocab = setting(model, device, max_rows)
     engine = ENGINES[engine_name](config)
     dtypes = ["float32"] if config.dtype == "float32" else ["float32", config.dtype]
@@ -283,6 +290,9 @@ def validated(engine_name: str, model: str, device: str, max_rows: int, position
         times = TINY_TIMES if config.checkpoint == TINY else 1
         for case in cases(max_rows, config.max_model_len, times * positions):
             start_s = time.perf_counter()
+            if start_s > deadline_s:
+                left_out.append(f"{engine_name} {model} {case.name}")
+                continue
             row = {"engine": engine_name, "model": model, "dtype": config.dtype}
             row |= judge(case, engine, references, prompts)
             yield row | {"seconds": time.perf_counter() - start_s}
@@ -316,13 +326,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=LARGEST, help="the largest batch (default: %(default)s)")
     parser.add_argument("--positions", type=int, default=POSITIONS, help="of a case (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no more cases begin")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
     if len(sys.argv) == 1:
         parser.print_help()
         return 0
     arguments = parser.parse_args()
     provenance = machine.provenance()
-    made: dict[str, Any] = {"provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": []}
+    made: dict[str, Any] = {"provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": [], "left_out": []}
+    deadline_s = time.perf_counter() + arguments.seconds
     try:
         device = device_of(arguments.device)
         name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
@@ -331,7 +343,8 @@ def main() -> int:
             for engine in arguments.engines.split(","):
                 if engine not in ENGINES:
                     raise InputError(f"There is no engine {engine} to validate: {', '.join(ENGINES)}.")
-                for row in validated(engine, model, device, arguments.rows, arguments.positions):
+                sizes = arguments.rows, arguments.positions
+                for row in validated(engine, model, device, *sizes, deadline_s, made["left_out"]):
                     made["rows"].append(row)
                     print(line(row), flush=True)
                     if arguments.json:  # whatever comes after, this much is there
@@ -339,9 +352,13 @@ def main() -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    if arguments.json:
+        write_json(arguments.json, made)
     failed = [row for row in made["rows"] if not passed(row)]
     print(f"{len(made['rows']) - len(failed)} of {len(made['rows'])} cases passed")
-    return 1 if failed else 0
+    if made["left_out"]:
+        print(f"left out for want of time: {', '.join(made['left_out'])}")
+    return 1 if failed or not made["rows"] else 0
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ class Comparison:
             for worker in workers:
                 worker.end()
             raise
+        for worker in workers:  # they write and free their memory at once
+            worker.dismiss()
         for worker in workers:
             worker.close()
         self.reasons |= {worker.label: worker.reason for worker in workers if worker.reason}

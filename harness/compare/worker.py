@@ -96,7 +96,7 @@ class Worker:
     def __init__(self, config: Config, run_dir: Path, label: str) -> None:
         self.label = label
         self.reason = ""
-        self._ready = False
+        self._ready = self._dismissed = False
         self._run_dir = run_dir
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
@@ -120,11 +120,18 @@ class Worker:
             return self._lost(self._died())
         return self._receive(BLOCK_TIMEOUT_S)
 
+    def dismiss(self) -> None:
+        """Tell the worker to write its run and end, without waiting for it."""
+        if not (self.reason or self._dismissed):
+            self._dismissed = True
+            with suppress(OSError):  # `close` will find out
+                self._link.send(None)
+
     def close(self) -> None:
         """Let the worker write its run and end; safe to call twice."""
+        self.dismiss()
         if not self.reason:
             try:
-                self._link.send(None)
                 self._receive(CLOSE_TIMEOUT_S)
             except OSError as error:
                 self.reason = str(error)

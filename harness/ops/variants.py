@@ -18,6 +18,8 @@ from harness.ops.settings import OpConf, VariantConf
 
 Call = Callable[[Tensor, Tensor], Tensor]
 """y of x and W."""
+MOST_COMPILED = 64
+"""Numbers of rows that a product may be compiled for."""
 
 
 def named(path: str) -> Any:
@@ -45,10 +47,15 @@ class Variant:
         return self.conf.max_rows is None or rows <= self.conf.max_rows
 
     def call(self, product: Product, vectors: Vectors) -> Call:
-        """The function for one product, for any number of rows: what is compiled has few shapes of one function."""
+        """The function for one product, for any number of rows."""
         made = self._fused(product, vectors) if self.conf.fused else self._unfused(product, vectors)
-        # A whole graph, or an error: beyond so many shapes the compiler would give up without a word.
-        return torch.compile(made, fullgraph=True) if self.conf.compile else made
+        if not self.conf.compile:
+            return made
+        # Each number of rows by itself, as the kernels beside it are chosen: what is compiled for any number keeps the
+        # launch that suited the first. A whole graph, or an error: beyond its limit the compiler gives up silently.
+        limit: Any = torch._dynamo.config
+        limit.recompile_limit = max(limit.recompile_limit, MOST_COMPILED)
+        return torch.compile(made, fullgraph=True, dynamic=False)
 
     def saved_bytes(self, product: Product, rows: int, element_bytes: int) -> int:
         """Bytes of intermediate tensors that are neither written nor read, as the kernel itself says; 0 if unfused."""

@@ -16,7 +16,7 @@ from harness.report.headline import Value, lines
 from harness.report.html import Section
 from harness.report.plots import Plots
 
-_DRAWN = 4
+_DRAWN = 6
 """Items that get a panel; the table has all."""
 
 
@@ -53,12 +53,11 @@ class Family:
         """What the reference and another variant have both."""
         return [item for item in self.reference.values if any(item in other.values for other in self.others)]
 
-    def ordered(self, item: str) -> list[Variant]:
-        """The others, those that change most first."""
-        return sorted(
-            (other for other in self.others if item in other.values),
-            key=lambda other: -abs(other.over(self.reference, item).median - 1),
-        )
+    def ordered(self, items: Sequence[str]) -> list[Variant]:
+        """The others, those that change one of the items most first."""
+        most = {id(other): max((abs(other.over(self.reference, item).median - 1) for item in items
+                                if item in other.values), default=0.0) for other in self.others}  # fmt: skip
+        return sorted(self.others, key=lambda other: -most[id(other)])
 
     def name(self, variant: Variant) -> str:
         """A variant by what sets it apart from the reference."""
@@ -136,10 +135,10 @@ def section(data: Data, plots: Plots) -> Section | None:
         title = f"{engine}, {its_name(family)} and others: {family.title}"
         caption = (
             f"Change of the time against {its_name(family)} (line), with the 95 % interval of rounds that ran next to "
-            "each other, or what two intervals leave open. The largest change first."
+            "each other, or what two intervals leave open. Each column has its own scale; the largest change is first."
         )
         parts += [html.heading(title),
-                  plots.add(_drawn(family), f"ablation-{engine}-{its_name(family)}-{family.title}", title, caption),
+                  plots.add(drawn(family), f"ablation-{engine}-{its_name(family)}-{family.title}", title, caption),
                   html.table(*_table(family))]  # fmt: skip
     return Section("What each feature is worth", parts) if parts else None
 
@@ -149,33 +148,41 @@ def _family(title: str, variants: Sequence[Variant], reference: Variant | None) 
         yield Family(title, reference, [v for v in variants if v is not reference])
 
 
-def _drawn(family: Family) -> Figure:
+def drawn(family: Family) -> Figure:
+    """A row of bars for each variant, a column for each item with a scale of its own; what weighs most comes first."""
     items = family.items
-    drawn = (
-        items if len(items) <= _DRAWN else [items[round(i * (len(items) - 1) / (_DRAWN - 1))] for i in range(_DRAWN)]
-    )
+    columns = items if len(items) <= _DRAWN else [items[round(i * (len(items) - 1) / (_DRAWN - 1))]
+                                                  for i in range(_DRAWN)]  # fmt: skip
+    order = family.ordered(columns)
     figure, grid = plt.subplots(
-        len(drawn), 1, figsize=(8.2, len(drawn) * (0.75 + 0.28 * len(family.others))), squeeze=False
+        1, len(columns), figsize=(2.2 + 1.55 * len(columns), 1.1 + 0.26 * len(order)), sharey=True, squeeze=False
     )
-    for axes, item in zip(grid.flat, drawn, strict=True):
-        order = family.ordered(item)
+    for axes, item in zip(grid.flat, columns, strict=True):
+        ends = []
         for place, variant in enumerate(order):
+            if item not in variant.values:
+                continue
             ratio = variant.over(family.reference, item)
             percent, low, high = (100 * (value - 1) for value in (ratio.median, ratio.low, ratio.high))
             axes.barh(place, percent, 0.7, **style.part("mlp", variant.engine))
-            if not ratio.once:
-                axes.errorbar(percent, place, xerr=[[percent - low], [high - percent]], capsize=2, color=style.INK,
-                              elinewidth=0.8)  # fmt: skip
-            end = max(high if not ratio.once else percent, 0)
-            axes.annotate(
-                f"{percent:+.1f} %", (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8
-            )
+            # An interval of few rounds may reach far beyond every bar; the table has its ends.
+            whiskers = [] if ratio.once else [low, high]
+            if whiskers:
+                axes.plot(whiskers, [place, place], color=style.INK, linewidth=0.9)
+            ends.append((percent, max(percent, 0.0, *whiskers), place))
+        reach = 1.5 * max((abs(percent) for percent, _, _ in ends), default=0.0) + 0.5
+        lowest = min((percent for percent, _, _ in ends), default=0.0)
+        axes.set_xlim(min(-0.25 * reach, 1.5 * lowest), 1.35 * reach)
+        for percent, end, place in ends:
+            at = (min(end, reach), place)
+            axes.annotate(f"{percent:+.1f}", at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
         axes.axvline(0, color=style.INK, linewidth=0.9)
-        axes.set_yticks(range(len(order)), [family.name(variant) for variant in order])
-        axes.set_ylim(len(order) - 0.45, -0.55)
-        axes.margins(x=0.16)
-        axes.set_title(item)
-    list(grid.flat)[-1].set_xlabel(f"% more time than with {its_name(family)}; for rates, % more of them")
+        axes.set_title(item.replace(", ", "\n"), fontsize=8)
+        axes.tick_params(labelsize=7.5)
+    first = grid[0][0]
+    first.set_yticks(range(len(order)), [family.name(variant) for variant in order])
+    first.set_ylim(len(order) - 0.45, -0.55)
+    figure.supxlabel(f"% more time than with {its_name(family)}; for rates, % more of them", fontsize=8.5)
     return figure
 
 

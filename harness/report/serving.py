@@ -72,12 +72,13 @@ def section(data: Data, plots: Plots) -> Section | None:
         )
         parts.append(html.heading(str(setting)))
         if any(record["rate"] for _, records in served for record in records):
-            parts.append(plots.add(_curves(served), f"serving-{setting.slug}", title, caption))
+            parts.append(plots.add(curves(served), f"serving-{setting.slug}", title, caption))
         parts.append(_table(served))
     return Section("Serving", parts) if parts else None
 
 
-def _curves(served: list[tuple[Entry, list[dict]]]) -> Figure:
+def curves(served: list[tuple[Entry, list[dict]]]) -> Figure:
+    """Latencies over the rate of arrivals, and goodput."""
     figure, grid = plt.subplots(2, 2, figsize=(9.2, 6.0))
     for axes, name in zip(grid.flat, ("ttft_ms", "tpot_ms", "e2el_ms"), strict=False):
         _latency(axes, served, name)

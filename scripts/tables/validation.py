@@ -9,6 +9,8 @@ from typing import Any
 from scripts.tables.registry import markdown, table
 from scripts.tables.sources import REFERENCE, ROOT
 
+SANITIZER_CLEAN = "ERROR SUMMARY: 0 errors"
+
 
 def _read(file: str) -> dict[str, Any] | None:
     path = ROOT / file
@@ -33,9 +35,13 @@ def validation(file: str = f"{REFERENCE}/validation.json") -> str:
         "is the largest mean of a case; ratios are to transformers in the same dtype, from the least to the largest of "
         "the cases, then the largest upper end of a one-sided 95 % interval, which may reach "
         f"{made['factor']}. Graphs against launches: the largest difference of a step's logits over their norm. "
-        f"Failed: {', '.join(_failed(made['rows'])) or 'none'}. File: `{file}`."
+        f"Failed: {', '.join(_failed(made['rows'])) or 'none'}. {_left_out(made['left_out'])}File: `{file}`."
     )
     return "\n\n".join([markdown(head, rows, left=4), source])
+
+
+def _of(came: int, asked: int) -> str:
+    return f"{came:,}" if came == asked else f"{came:,} of {asked:,} in the time there was"
 
 
 def _cells(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -61,6 +67,10 @@ def _passed(row: Mapping[str, Any]) -> bool:
     return row["passed"] and row.get("graphs_passed", True)
 
 
+def _left_out(cases: Sequence[str]) -> str:
+    return f"Left out for want of time: {', '.join(cases)}. " if cases else ""
+
+
 def _failed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{row['engine']} {row['model']} {row['case']['name']}" for row in rows if not _passed(row)]
 
@@ -73,7 +83,7 @@ def soak(file: str = f"{REFERENCE}/soak.json") -> str:
         return "Not measured yet (`scripts/soak.py`)."
     free = made["free_blocks"]
     rows = [
-        ["requests", f"{made['requests']:,}, {made['aborted']:,} of them cut short by an abort"],
+        ["requests", f"{_of(made['requests'], made['asked'])}, {made['aborted']:,} of them cut short by an abort"],
         ["steps", f"{made['steps']:,}"],
         ["preemptions", f"{made['preemptions']:,}"],
         ["tokens equal to nano's", f"{made['equal_tokens']:,}"],
@@ -104,3 +114,15 @@ def startup(file: str = f"{REFERENCE}/startup.json") -> str:
         f"File: `{file}`."
     )
     return "\n\n".join([markdown(["start", "s", "goal, s"], rows, left=1), source])
+
+
+@table("memcheck")
+def memcheck(file: str = f"{REFERENCE}/memcheck.json") -> str:
+    """Of scripts/memcheck.sh: what compute-sanitizer said, in its own words."""
+    made = _read(file)
+    if made is None:
+        return "Not measured yet (`scripts/memcheck.sh`)."
+    clean = made["exit_code"] == 0 and made["summary"].startswith(SANITIZER_CLEAN) and "passed" in made["tests"]
+    rows = [[made["tool"], made["chosen"], made["tests"] or "none", made["summary"], "clean" if clean else "NOT clean"]]
+    source = f"{made['device']}, the trained tiny checkpoint, launch by launch. File: `{file}`."
+    return "\n\n".join([markdown(["tool", "of the tests", "tests", "it said", "outcome"], rows, left=5), source])

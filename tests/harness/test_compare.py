@@ -171,7 +171,11 @@ class Recorder:
         self.log.append((self.label, order.round, order.warm_up))
         return Answer("done")
 
-    def close(self) -> None: ...
+    def dismiss(self) -> None:
+        self.log.append((f"dismissed {self.label}", -1, False))
+
+    def close(self) -> None:
+        self.log.append((f"closed {self.label}", -1, False))
 
     def end(self) -> None: ...
 
@@ -184,9 +188,11 @@ def test_rounds_go_there_and_back_again(tmp_path, monkeypatch) -> None:
     ]
     Comparison(three, "A", num_rounds=3, launches=1, folder=tmp_path / "c", reporter=Reporter()).run()
     warm_ups = [label for label, _, warm_up in Recorder.log if warm_up]
-    turns = [(number, label) for label, number, warm_up in Recorder.log if not warm_up]
+    turns = [(number, label) for label, number, warm_up in Recorder.log if not warm_up and number >= 0]
     assert warm_ups == ["A", "B", "C"]
     assert turns == [(0, "A"), (0, "B"), (0, "C"), (1, "C"), (1, "B"), (1, "A"), (2, "B"), (2, "C"), (2, "A")]
+    ends = [label for label, number, _ in Recorder.log if number < 0]
+    assert ends == [*(f"dismissed {label}" for label in "ABC"), *(f"closed {label}" for label in "ABC")]
 
 
 def test_each_is_first_last_and_between_the_others_equally_often() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
@@ -105,6 +106,20 @@ def test_every_variant_computes_what_transformers_does(product: Product, name: s
         out = Variant(name, CONF.variants[name], CONF, "cpu").call(product, vectors)(x, weight)
     assert out.shape == (7, product.out)
     assert relative_error(out, by_transformers(product, x, weight, vectors)) < 1e-5
+
+
+def test_what_is_compiled_is_compiled_for_each_number_of_rows() -> None:
+    """More of them than the compiler takes by itself, each static, and each right."""
+    torch.compiler.reset()
+    call = Variant("torch_compile", CONF.variants["torch_compile"], CONF, "cpu")
+    _, _, vectors = data(SMALL, 1)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        compiled = call.call(SMALL, vectors)
+        counters["stats"].clear()
+        for rows in (1, 2, 3, 4):
+            x, weight, _ = data(SMALL, rows)
+            assert relative_error(compiled(x, weight), by_transformers(SMALL, x, weight, vectors)) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 def test_gate_and_up_may_be_products_of_their_own() -> None:

@@ -344,8 +344,8 @@ def test_reference_refresh_command(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "h200").iterdir()} == {"a", "nano-qwen3-0.6b-latency"}
     assert len(load(tmp_path / "h200").steps) == 4
     broken = _refresh(tmp_path / "nowhere", "--to", tmp_path / "h200")
-    assert (broken.returncode, broken.stdout) == (2, "") and "not a folder" in broken.stderr
-    assert "RUN is a run's folder" in _refresh().stdout
+    assert (broken.returncode, broken.stdout) == (2, "") and "holds no run" in broken.stderr
+    assert "RUN is a folder with runs" in _refresh().stdout
 
 
 def test_a_json_file_gets_its_folder(tmp_path: Path) -> None:
@@ -355,3 +355,22 @@ def test_a_json_file_gets_its_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(tmp_path / "none" / "made.json", {"a": float("nan")})
     assert not (tmp_path / "none").exists()
+
+
+def test_a_whole_folder_of_results_is_refreshed_and_what_was_not_finished_is_named(tmp_path: Path) -> None:
+    results = tmp_path / "runs"
+    _write(results / "deep" / "down" / "a", "a", iterations=2)
+    for name, status in (("c", "ok"), ("d", "running")):
+        folder = results / f"ablation-{name}"
+        _write(folder / "launch-0" / "fused", f"{name} fused", iterations=1)
+        (folder / "launch-0" / "comparison.json").write_text('{"launch": 0}')
+        settings = {"engines": ["fused", "fused:features=[]"], "model": {"name": "m"}, "workload": {"name": "w"}}
+        (folder / "comparison.json").write_text(json.dumps({"status": status, "settings": settings}))
+    RunWriter(results / "e", "e").write_run({"status": "interrupted"})
+    (results / "soak.json").write_text('{"passed": true, "log": "/tmp/there/log", "gpu": {"uuid": "GPU-1"}}')
+    done = _refresh(results, "--to", tmp_path / "h200")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "h200").iterdir()} == {"a", "ablation-c", "soak.json"}
+    assert json.loads((tmp_path / "h200" / "soak.json").read_text()) == {"passed": True, "log": "log", "gpu": {}}
+    left_out = [line.rsplit("/", 1)[1] for line in done.stderr.splitlines() if line.startswith("left out")]
+    assert left_out == ["ablation-d", "e"]

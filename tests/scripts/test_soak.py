@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,11 +35,47 @@ def test_it_passes_and_the_table_shows_it(outcome):
     made = json.loads(file.read_text())
     assert code == 0 and made["passed"]
     assert made["preemptions"] > 0 and made["aborted"] > 0
+    assert made["requests"] == made["asked"] == FEW
     assert made["free_blocks"] == {"start": 32, "end": 32}
     shown = validation.soak(str(file))
     assert f"| tokens equal to nano's | {made['equal_tokens']:,} |" in shown
     assert "| free blocks at the start and at the end | 32, 32 |" in shown
+    assert f"| requests | {FEW}, " in shown
+    file.write_text(json.dumps(made | {"asked": 10_000}))
+    assert f"| requests | {FEW} of 10,000 in the time there was, " in validation.soak(str(file))
     assert validation.soak("nothing.json").startswith("Not measured yet")
+
+
+class Instant:
+    """An engine that finishes each request with its first step."""
+
+    def __init__(self) -> None:
+        self.config = soak.engine_config("cpu")
+        self.scheduler = SimpleNamespace(blocks=SimpleNamespace(free=[1]), num_preemptions=0)
+        self.added, self.did = [], None
+
+    def add(self, request):
+        self.added.append(request.request_id)
+
+    def abort(self, names): ...
+
+    def has_unfinished(self):
+        return bool(self.added)
+
+    def advance(self):
+        self.did = SimpleNamespace(tokens=[(name, 7) for name in self.added], finished=self.added)
+        self.added = []
+
+    def last_step(self):
+        return self.did
+
+
+def test_none_come_after_their_time_and_those_that_came_are_finished(monkeypatch):
+    todo = [soak.Job(job.request, arrival, None) for arrival, job in enumerate(soak.jobs(9, 0))]
+    monkeypatch.setattr(soak.time, "perf_counter", iter(range(100)).__next__)
+    ran = soak.soak(Instant(), todo, seconds=4.5)  # a second a step, the first after 1
+    assert ran.tokens == {f"{n}": [7] for n in range(4)}
+    assert len(soak.soak(Instant(), todo).tokens) == 9
 
 
 def test_jobs_are_the_same_for_the_same_seed():

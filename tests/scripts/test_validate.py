@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,10 +135,35 @@ def test_the_command_writes_what_the_table_shows(tmp_path, monkeypatch, capsys):
         "kl_ratio": {"value": 0.5, "high": 0.75}, "nll_delta_ratio": {"value": 1.0, "high": 1.2}, "passed": False,
         "graph_against_eager": 2e-3,
     }  # fmt: skip
+    made["left_out"] = ["nano tiny batch 9"]
     file.write_text(json.dumps(made))
     shown = validation.validation(str(file))
     worst = max(row["kl"] for row in made["rows"][:2])
     row = f"| fused | tiny | float32 | batch sizes | 2 | 1 | 12 | {worst:.1e} | 0.50 – 0.50 (≤ 0.75) |"
     assert f"{row} 1.00 – 1.00 (≤ 1.20) | 2.0e-03 |" in shown
-    assert "Failed: fused tiny batch 2." in shown
+    assert "Failed: fused tiny batch 2. Left out for want of time: nano tiny batch 9. File" in shown
     assert validation.validation("nothing.json").startswith("Not measured yet")
+
+
+@pytest.mark.parametrize(("times", "cases", "left_out"), [
+    ([0, 1, 1, 11, 11, 11], [1], ["fused tiny batch 2", "all of nano tiny"]),
+    ([0, 11, 11], [], ["all of fused tiny", "all of nano tiny"]),
+])  # fmt: skip
+def test_no_case_begins_after_its_time_and_those_left_out_have_names(
+    tmp_path, monkeypatch, capsys, times, cases, left_out
+):
+    """The clock is asked: at the start; of each engine; of each case when it begins and when it has ended."""
+    file, clock = tmp_path / "validation.json", iter(times)
+    monkeypatch.setattr(validate, "BORDERS", ())
+    monkeypatch.setattr(validate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(validate, "judge", lambda case, *_: {"case": {"name": case.name, "rows": case.rows},
+                        "positions": 3, "kl": 0.0, "passed": True})  # fmt: skip
+    monkeypatch.setattr(validate, "ENGINES", dict.fromkeys(validate.ENGINES, lambda _: SimpleNamespace(close=int)))
+    monkeypatch.setattr(validate, "Reference", lambda *_: None)
+    arguments = ["--models", "tiny", "--rows", "2", "--seconds", "10", "--device", "cpu", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["validate", *arguments])
+    assert validate.main() == (0 if cases else 1)
+    made = json.loads(file.read_text())
+    assert [row["case"]["rows"] for row in made["rows"]] == cases
+    assert made["left_out"] == left_out
+    assert "left out for want of time: " + ", ".join(left_out) in capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""scripts/reference_checks.sh and its parts with an interpreter that does nothing, or only fails or hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines.fused.features import FEATURES
+from harness.compare.__main__ import parse
+from harness.compare.contestants import contestants
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS, RUNS, MEMCHECK = (f"scripts/{name}.sh" for name in ("reference_checks", "reference_runs", "memcheck"))
+
+
+def script(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RESULTS", "MODEL", "CACHES")}
+    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """Stands for the interpreter: a soak fails, a validation hangs, a start says where its caches go."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\ncase "$*" in *soak*) exit 3;; *validate*) exec sleep 60;; *) echo "ran: $*";; esac\n')
+    fake.chmod(0o755)
+    return str(fake)
+
+
+def test_run_bare_it_tells_of_every_part_that_it_has() -> None:
+    told = script(CHECKS).stdout
+    parts = re.findall(r"^    ([a-z |]+)\)", (ROOT / CHECKS).read_text(), re.MULTILINE)
+    names = [name.strip() for part in parts for name in part.split("|")] + re.findall(
+        r"^    ([a-z]+)\) \S", (ROOT / CHECKS).read_text(), re.MULTILINE
+    )
+    assert {"startup", "ablation", "soak", "ops", "energy"} <= set(names)
+    assert [name for name in names if not re.search(rf"^  {name}  ", told, re.MULTILINE)] == []
+
+
+def test_a_part_that_fails_or_takes_too_long_stops_no_other(tmp_path: Path, python: str) -> None:
+    done = script(
+        CHECKS, "soak", "validate", "startup", "serving", PYTHON=python, RESULTS=str(tmp_path / "r"), LIMIT_VALIDATE="1"
+    )
+    assert done.returncode == 1
+    outcomes = [re.sub(r" +\d+ s  ", ": ", line) for line in done.stdout.splitlines()[-4:]]
+    assert outcomes == [
+        "soak: failed, exit code 3", "validate: stopped after 1 s", "startup: ok", "serving: ok"
+    ]  # fmt: skip
+    assert f"ran: scripts/startup.py --caches {tmp_path / 'r' / 'caches'}" in done.stdout
+
+
+def test_checks_run_at_once_and_are_all_in_the_table(tmp_path: Path, python: str) -> None:
+    done = script(CHECKS, "checks", PYTHON=python, RESULTS=str(tmp_path / "r"), LIMIT_VALIDATE="2")
+    assert done.returncode == 1
+    assert {line.split()[0] for line in done.stdout.splitlines()[-3:]} == {"validate", "soak", "memcheck"}
+
+
+@pytest.mark.parametrize(("part", "sign", "baseline"), [("ablation", "-", "fused"), ("alone", "", "fused:features=[]")])
+def test_each_feature_is_left_out_or_alone_once_and_never_too_many_at_once(part: str, sign: str, baseline: str) -> None:
+    told = script(RUNS, part, DRY_RUN="1", PYTHON=sys.executable, TOGETHER="5").stdout
+    seen = []
+    for line in told.splitlines():
+        settings, overrides = parse(line.partition("harness.compare ")[2].split())
+        assert len(settings.engines) <= 5 and settings.engines[0] == baseline
+        seen += settings.engines[1:]
+        # What harness.compare makes of them.
+        assert len(contestants(settings.engines, overrides)) == len(settings.engines)
+    assert seen == [f"fused:features=[{sign}{name}]" for name in FEATURES]
+
+
+def test_what_the_sanitizer_said_is_kept(tmp_path: Path) -> None:
+    sanitizer, file = tmp_path / "sanitizer", tmp_path / "memcheck.json"
+    sanitizer.write_text(
+        '#!/bin/sh\necho "========= ERROR SUMMARY: 2 errors" > "$4"\necho "8 passed, 8 deselected in 1.00s"\nexit 7\n'
+    )
+    sanitizer.chmod(0o755)
+    done = script(MEMCHECK, "bfloat16", SANITIZER=str(sanitizer), PYTHON=sys.executable, JSON=str(file))
+    assert done.returncode == 1
+    made = json.loads(file.read_text())
+    assert (made["tool"], made["chosen"], made["exit_code"]) == ("memcheck", "bfloat16", 7)
+    assert (made["summary"], made["tests"]) == ("ERROR SUMMARY: 2 errors", "8 passed, 8 deselected in 1.00s")
