@@ -4,10 +4,10 @@
                                     [--write]
 
 Candidates are compiled first, by many processes, into Triton's cache. Each is checked against the reference (its
-outputs full of NaN before), then timed as a captured graph over as many weight matrices as the model has layers, on
-random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out. After `--seconds` no other
-candidate is begun. `--write` puts the fastest of each op and number of rows, or cuBLAS where it won, into
-`choices/<gpu>.json`.
+outputs full of NaN before), then timed as a captured graph of dependent launches over as many weight matrices as the
+model has layers, on random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out. After
+`--seconds` no other candidate is begun. `--write` puts the fastest of each op and number of rows, or cuBLAS where it
+won, into `choices/<gpu>.json`.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class GateUp:
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
         """In one kernel."""
-        return prefill_gate_up(self.x, weight, launch)
+        return prefill_gate_up(self.x, weight, launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
         """As the engine runs it where nothing is chosen."""
-        return silu_mul(F.linear(self.x, weight))
+        return silu_mul(F.linear(self.x, weight), dependent=True)
 
     def written(self, call: Callable[[], Any]) -> tuple[Tensor, ...]:
         """All that a call writes, and NaN where it does not."""
@@ -152,11 +152,11 @@ class QkvRope:
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
         """In one kernel."""
-        return prefill_qkv_rope(self.x, weight, **self._behind(), launch=launch)
+        return prefill_qkv_rope(self.x, weight, **self._behind(), launch=launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
         """As the engine runs it where nothing is chosen."""
-        return qk_norm_rope_cache(F.linear(self.x, weight), **self._behind())
+        return qk_norm_rope_cache(F.linear(self.x, weight), **self._behind(), dependent=True)
 
     def written(self, call: Callable[[], Any]) -> tuple[Tensor, ...]:
         """q, k, v and the cache's slots, and NaN where the call does not write."""

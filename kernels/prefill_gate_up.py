@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float, check_like
+from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.decode_linear_tiled import silu_mul_values
@@ -71,8 +72,11 @@ def _gate_up_tile(
 def prefill_gate_up_kernel(
     x, weight, y, rows, inter, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PIECES: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, or every so-many-th; x, weight and y are descriptors or pointers."""
+    let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row_blocks = tl.cdiv(rows, BLOCK_M)
     column_blocks = tl.cdiv(inter, BLOCK_N)
     if PERSISTENT:
@@ -89,10 +93,11 @@ def prefill_gate_up_kernel(
         )
 
 
-def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None) -> Tensor:
+def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None, dependent: bool = False) -> Tensor:
     """silu(x G^T) * (x U^T), [rows, inter], with G and U the halves of `weight`; shapes as in this module's docstring.
 
-    `launch`: how; else as measured, or as every GPU can. ValueError if the arguments do not fit together.
+    `launch`: how; else as measured, or as every GPU can. `dependent`: start while the kernel before it in the stream
+    still runs, where the GPU can; it is waited for. ValueError if the arguments do not fit together.
     """
     check_float("x", x, 2)
     rows, hidden = x.shape
@@ -117,11 +122,13 @@ def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None) -> 
             described(weight, (launch.block_n, launch.block_k), parts=2),
             described(y, (launch.block_m, launch.block_n // launch.pieces)),
         )
+    depends = dependent and can_depend(x.device)
     prefill_gate_up_kernel[(programs(launch, tiles, x.device),)](
         *operands, rows, inter,
         K=hidden, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-        PIECES=launch.pieces, DESCRIBED=describes, PERSISTENT=launch.per_sm > 0,
+        PIECES=launch.pieces, DESCRIBED=describes, PERSISTENT=launch.per_sm > 0, DEPENDENT=depends,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **({"launch_pdl": True} if depends else {}),
     )  # fmt: skip
     return y
 
