@@ -19,8 +19,7 @@ from torch import Tensor
 from kernels._checks import check_float, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
-from kernels.decode_linear_tiled import silu_mul_values
+from kernels._triton import INTERPRETED, runs_triton, tl, triton
 from kernels.prefill_linear import (
     Launch,
     best_launch,
@@ -33,11 +32,33 @@ from kernels.prefill_linear import (
     tile_at,
 )
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
     """The same in plain PyTorch, computed in float32."""
     gate, up = F.linear(x.float(), weight.float()).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
+
+
+@triton.jit
+def _silu_mul(gate, up):
+    """silu(gate) * up, of float32; the tensor cores wait for it, so it takes few instructions."""
+    if _INTERPRETED:
+        return gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        # The same to some units in the last place, without the care that the compiler takes of denormal numbers.
+        sigmoid = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;  // -log2(e)
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return gate * sigmoid * up
 
 
 @triton.jit
@@ -58,7 +79,7 @@ def _gate_up_tile(
 ):  # fmt: skip
     both = product_tile(x, weight, row, column, rows, inter, K, 2, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIBED)
     gate, up = halves(both, BLOCK_M, BLOCK_N)
-    value = silu_mul_values(gate, up)
+    value = _silu_mul(gate, up)
     if PIECES == 2:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves(value, BLOCK_M, HALF)
