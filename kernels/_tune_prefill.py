@@ -4,10 +4,10 @@
                                     [--write]
 
 Candidates are compiled first, by many processes, into Triton's cache. Each is checked against the reference (its
-outputs full of NaN before), then timed as a captured graph over as many weight matrices as the model has layers, on
-random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out. After `--seconds` no other
-candidate is begun. `--write` puts the fastest of each op and number of rows, or cuBLAS where it won, into
-`choices/<gpu>.json`.
+outputs full of NaN before), then timed as a captured graph of dependent launches over as many weight matrices as the
+model has layers, on random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out. After
+`--seconds` no other candidate is begun. `--write` puts the fastest of each op and number of rows, or cuBLAS where it
+won, into `choices/<gpu>.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels import choices, prefill_gate_up, prefill_qkv_rope, qk_norm_rope_cache, silu_mul
 from kernels._timing import poisoned, relative_error, time_graph_us
-from kernels._triton import triton
+from kernels._triton import HAVE_TRITON, triton
 from kernels.prefill_gate_up import reference as gate_up_reference
 from kernels.prefill_linear import Launch, shape_key
 from kernels.prefill_qkv_rope import fits
@@ -46,9 +46,9 @@ MAX_POSITION = 4096
 TOLERANCE = 1e-2
 WORKERS = 14
 
-# Sums of 128 registers a thread, 64 at the end; operands of two to four steps of 64 columns in shared memory. Tiles
-# large enough to feed the tensor cores leave room for one program on a multiprocessor, whose end nothing overlaps but
-# the loads for its next tile; of half as large ones there are two, each at work while the other ends.
+# Sums of 64 or 128 registers a thread, and 64 to 256 columns to an instruction. Tiles large enough to feed the tensor
+# cores leave room for one program on a multiprocessor, whose end nothing overlaps but the loads for its next tile; of
+# half as large ones there are two, each at work while the other ends, and fewer multiprocessors idle in the last round.
 GATE_UP = (
     Launch(128, 128, 64, 8, 3),
     Launch(128, 128, 64, 8, 4),
@@ -56,9 +56,10 @@ GATE_UP = (
     Launch(128, 128, 64, 8, 4, group_m=16, pieces=2),
     Launch(128, 128, 64, 8, 4, per_sm=0),
     Launch(128, 128, 128, 8, 2, pieces=2),
-    Launch(256, 64, 64, 8, 4, pieces=2),
+    Launch(128, 64, 64, 8, 4),
     Launch(128, 64, 64, 4, 3, per_sm=2, pieces=2),
     Launch(128, 64, 64, 4, 3, per_sm=0),
+    Launch(64, 128, 64, 4, 4),
     Launch(64, 128, 64, 4, 2, per_sm=2),
     Launch(64, 128, 64, 4, 2, per_sm=0),
     Launch(64, 128, 32, 4, 4, per_sm=2),
@@ -66,6 +67,7 @@ GATE_UP = (
 )
 QKV = (
     Launch(128, 256, 64, 8, 3),
+    Launch(128, 256, 64, 8, 4),
     Launch(128, 256, 64, 8, 3, group_m=16),
     Launch(128, 256, 64, 8, 3, per_sm=0),
     Launch(128, 256, 64, 8, 4, per_sm=0),
@@ -102,11 +104,11 @@ class GateUp:
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
         """In one kernel."""
-        return prefill_gate_up(self.x, weight, launch)
+        return prefill_gate_up(self.x, weight, launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
         """As the engine runs it where nothing is chosen."""
-        return silu_mul(F.linear(self.x, weight))
+        return silu_mul(F.linear(self.x, weight), dependent=True)
 
     def written(self, call: Callable[[], Any]) -> tuple[Tensor, ...]:
         """All that a call writes, and NaN where it does not."""
@@ -138,7 +140,8 @@ class QkvRope:
         self.positions = torch.arange(rows, device=self.device, dtype=torch.int32) % MAX_POSITION
         slots = torch.arange(blocks * BLOCK_SIZE, device=self.device, dtype=torch.int32).view(blocks, BLOCK_SIZE)
         self.slots = slots[torch.randperm(blocks)].flatten()[:rows].contiguous()
-        self.expected = self.written(lambda: qkv_reference(self.x, self.weights[0], **self._behind()))
+        result: Any = qkv_reference(self.x, self.weights[0], **self._behind())
+        self.expected = (*result, self._cached())
 
     def _behind(self) -> dict[str, Any]:
         """What the arguments of both ways have in common."""
@@ -152,17 +155,20 @@ class QkvRope:
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
         """In one kernel."""
-        return prefill_qkv_rope(self.x, weight, **self._behind(), launch=launch)
+        return prefill_qkv_rope(self.x, weight, **self._behind(), launch=launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
         """As the engine runs it where nothing is chosen."""
-        return qk_norm_rope_cache(F.linear(self.x, weight), **self._behind())
+        return qk_norm_rope_cache(F.linear(self.x, weight), **self._behind(), dependent=True)
 
     def written(self, call: Callable[[], Any]) -> tuple[Tensor, ...]:
         """q, k, v and the cache's slots, and NaN where the call does not write."""
         self.caches.fill_(float("nan"))
         result = poisoned(call)
-        return (*result, self.caches.flatten(1, 2)[:, self.slots.long()])
+        return (*result, self._cached())
+
+    def _cached(self) -> Tensor:
+        return self.caches.flatten(1, 2)[:, self.slots.long()]
 
 
 OPS: dict[str, type[GateUp] | type[QkvRope]] = {"gate_up": GateUp, "qkv": QkvRope}
@@ -179,6 +185,11 @@ def time_us(bench: GateUp | QkvRope, call: Callable[[Tensor], Any]) -> float:
     return time_graph_us([partial(call, weight) for weight in bench.weights]) / len(bench.weights)
 
 
+CANNOT_RUN: tuple[type[Exception], ...] = (RuntimeError,)  # the driver's refusals
+if HAVE_TRITON:
+    CANNOT_RUN += (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError)
+
+
 def time_candidates(bench: GateUp | QkvRope, rows: int, deadline: float) -> list[tuple[float, Launch]]:
     """Those that run and are right, the fastest first; what is left out is named."""
     found = []
@@ -193,13 +204,13 @@ def time_candidates(bench: GateUp | QkvRope, rows: int, deadline: float) -> list
                 found.append((time_us(bench, call), launch))
             else:
                 print(f"{rows:6} {bench.name} WRONG, relative error {wrong:.3g}: {brief(launch)}")
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError) as e:
-            print(f"{rows:6} {bench.name} left out, {type(e).__name__}: {brief(launch)}")
+        except CANNOT_RUN as reason:
+            print(f"{rows:6} {bench.name} left out, {type(reason).__name__}: {brief(launch)}")
     return sorted(found, key=lambda timed: timed[0])
 
 
 def measure(bench: GateUp | QkvRope, rows: int, deadline: float) -> dict[str, Any]:
-    """Print the fastest launches for so many rows; the entry for the table of choices."""
+    """Print the fastest launches for so many rows; the entry for the table of choices, empty where none was timed."""
     bench.prepare(rows)
     tflop = 2 * rows * bench.out * bench.k / 1e12
     apart_us = time_us(bench, bench.apart)
@@ -212,7 +223,9 @@ def measure(bench: GateUp | QkvRope, rows: int, deadline: float) -> dict[str, An
     for us, launch in found[:SHOWN]:
         print(f"{us:14.1f} µs {us / apart_us:5.2f} {tflop / us * 1e6:5.0f} TFLOP/s  {brief(launch)}", flush=True)
     beside = {"cublas_us": round(apart_us, 2)}
-    if not found or found[0][0] >= apart_us:
+    if not found:
+        return {}  # nothing is known
+    if found[0][0] >= apart_us:
         return {"path": "cublas"} | beside
     us, launch = found[0]
     return {"launch": asdict(launch), "us": round(us, 2)} | beside
@@ -262,15 +275,20 @@ def main() -> None:
     table: dict[str, dict[str, Any]] = {}
     for rows in map(int, options.rows.split(",")):
         for bench in benches.values():
-            entry = measure(bench, rows, start + options.seconds)
-            table.setdefault(bench.kernel, {})[shape_key(bench.out, bench.k, rows)] = entry
+            if entry := measure(bench, rows, start + options.seconds):
+                table.setdefault(bench.kernel, {})[shape_key(bench.out, bench.k, rows)] = entry
     if options.write:
-        facts = {
-            "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        print("written:", choices.save(device, table, facts).name)
+        print("written:", choices.save(device, table, _facts(device)).name)
     print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    """What the table of choices is kept under; its date is that of the other kernels' choices, where it has some."""
+    name, before = torch.cuda.get_device_name(device), choices.facts(device)
+    versions = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__}
+    if all(before.get(key) == value for key, value in versions.items()):
+        return before
+    return versions | {"date": time.strftime("%Y-%m-%d")}
 
 
 if __name__ == "__main__":

@@ -39,6 +39,12 @@ def chosen(kernel: str, key: str, device: torch.device) -> dict[str, Any] | None
     return _table(device).get(kernel, {}).get(key)
 
 
+def facts(device: torch.device) -> dict[str, Any]:
+    """Under what this GPU's choices were measured (versions, date); nothing where none were."""
+    file = FOLDER / f"{gpu_slug(device)}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["facts"] if file.exists() else {}
+
+
 @contextmanager
 def none_chosen() -> Iterator[None]:
     """Inside the `with` block no measured choice is used, in the whole process."""

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float, check_like
+from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
-from kernels.decode_linear_tiled import silu_mul_values
+from kernels._triton import INTERPRETED, runs_triton, tl, triton
 from kernels.prefill_linear import (
     Launch,
     best_launch,
@@ -32,11 +32,33 @@ from kernels.prefill_linear import (
     tile_at,
 )
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
     """The same in plain PyTorch, computed in float32."""
     gate, up = F.linear(x.float(), weight.float()).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
+
+
+@triton.jit
+def _silu_mul(gate, up):
+    """silu(gate) * up, of float32; the tensor cores wait for it, so it takes few instructions."""
+    if _INTERPRETED:
+        return gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        # The same to some units in the last place, without the care that the compiler takes of denormal numbers.
+        sigmoid = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;  // -log2(e)
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        return gate * sigmoid * up
 
 
 @triton.jit
@@ -57,7 +79,7 @@ def _gate_up_tile(
 ):  # fmt: skip
     both = product_tile(x, weight, row, column, rows, inter, K, 2, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIBED)
     gate, up = halves(both, BLOCK_M, BLOCK_N)
-    value = silu_mul_values(gate, up)
+    value = _silu_mul(gate, up)
     if PIECES == 2:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves(value, BLOCK_M, HALF)
@@ -71,8 +93,11 @@ def _gate_up_tile(
 def prefill_gate_up_kernel(
     x, weight, y, rows, inter, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PIECES: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, or every so-many-th; x, weight and y are descriptors or pointers."""
+    let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row_blocks = tl.cdiv(rows, BLOCK_M)
     column_blocks = tl.cdiv(inter, BLOCK_N)
     if PERSISTENT:
@@ -89,10 +114,11 @@ def prefill_gate_up_kernel(
         )
 
 
-def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None) -> Tensor:
+def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None, dependent: bool = False) -> Tensor:
     """silu(x G^T) * (x U^T), [rows, inter], with G and U the halves of `weight`; shapes as in this module's docstring.
 
-    `launch`: how; else as measured, or as every GPU can. ValueError if the arguments do not fit together.
+    `launch`: how; else as measured, or as every GPU can. `dependent`: start while the kernel before it in the stream
+    still runs, where the GPU can; it is waited for. ValueError if the arguments do not fit together.
     """
     check_float("x", x, 2)
     rows, hidden = x.shape
@@ -117,11 +143,13 @@ def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None) -> 
             described(weight, (launch.block_n, launch.block_k), parts=2),
             described(y, (launch.block_m, launch.block_n // launch.pieces)),
         )
+    depends = dependent and can_depend(x.device)
     prefill_gate_up_kernel[(programs(launch, tiles, x.device),)](
         *operands, rows, inter,
         K=hidden, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-        PIECES=launch.pieces, DESCRIBED=describes, PERSISTENT=launch.per_sm > 0,
+        PIECES=launch.pieces, DESCRIBED=describes, PERSISTENT=launch.per_sm > 0, DEPENDENT=depends,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **({"launch_pdl": True} if depends else {}),
     )  # fmt: skip
     return y
 

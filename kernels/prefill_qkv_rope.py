@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float, check_integers, check_like
+from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.prefill_linear import (
@@ -124,9 +125,11 @@ def prefill_qkv_rope_kernel(
     x, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, v_out, rows,
     eps, K: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DESCRIBED: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PERSISTENT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile, or every so-many-th; x and weight are descriptors or pointers."""
+    let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row_blocks = tl.cdiv(rows, BLOCK_M)
     head_blocks: tl.constexpr = (HEADS + 2 * KV_HEADS) // BLOCK_H
     if PERSISTENT:
@@ -192,11 +195,13 @@ def prefill_qkv_rope(
     x: Tensor, weight: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
     slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
     eps: float, bias: Tensor | None = None, return_kv: bool = False, launch: Launch | None = None,
+    dependent: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project, norm and rotate q and k, write k and v to their cache slots; shapes as in this module's docstring.
 
     Returns q, or (q, k, v) with `return_kv`. Positions and slots are not checked against their tables (they lie on the
-    device). `launch`: how; else as measured, or as every GPU can. ValueError if the other arguments do not fit.
+    device). `launch`: how; else as measured, or as every GPU can. `dependent`: start while the kernel before it in the
+    stream still runs, where the GPU can; it is waited for. ValueError if the other arguments do not fit.
     """
     _check(
         x, weight, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads,
@@ -225,11 +230,13 @@ def prefill_qkv_rope(
                 described(weight, (launch.block_n, launch.block_k), parts=1),
             )
         tiles = -(-rows // launch.block_m) * (weight.shape[0] // launch.block_n)
+        depends = dependent and can_depend(x.device)
         prefill_qkv_rope_kernel[(programs(launch, tiles, x.device),)](
             *operands, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, v, rows, eps,
             K=hidden, HEADS=num_heads, KV_HEADS=num_kv_heads, D=head_dim, BLOCK_M=launch.block_m,
             BLOCK_H=launch.block_n // head_dim, BLOCK_K=launch.block_k, GROUP_M=launch.group_m, DESCRIBED=describes,
-            PERSISTENT=launch.per_sm > 0, num_warps=launch.num_warps, num_stages=launch.num_stages,
+            PERSISTENT=launch.per_sm > 0, DEPENDENT=depends, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     return q if k is None or v is None else (q, k, v)
 

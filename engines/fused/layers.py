@@ -218,7 +218,7 @@ class QkvRope(nn.Module):
             normed, a.qkv_proj.weight, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None,
             a.rotary.table, positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
             a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, bias=a.qkv_proj.bias, return_kv=wants_kv,
-            launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context),
+            launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context), dependent=depends(context),
         )  # fmt: skip
         return result if wants_kv else (result, None, None)
 
@@ -236,7 +236,8 @@ class GateUp(nn.Module):
 
     def forward(self, normed: Tensor, context: StepContext) -> Tensor:
         """[tokens, inter]."""
-        return kernels.prefill_gate_up(normed, self._linear[0].weight, self.launch(normed, context))
+        launch = self.launch(normed, context)
+        return kernels.prefill_gate_up(normed, self._linear[0].weight, launch, dependent=depends(context))
 
 
 class PrefillAttention(nn.Module):

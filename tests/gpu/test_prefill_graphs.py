@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from engines.base import EngineConfig, Request, SamplingParams
-from engines.fused import LLM
+from engines.fused import LLM, layers
 from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
+from kernels.prefill_linear import Launch
 from tests.engines import reference
 from tests.engines.test_prefill_graphs import FEW, SIZES, STEPS, make_inputs
 
@@ -97,6 +98,23 @@ def test_steps_in_flight_do_not_share_their_inputs(runner, graphs):
     of_reference, _ = PRECISION[str(runner.dtype).removeprefix("torch.")]
     for got, (_, expected) in zip(logits, steps, strict=True):
         assert error(got, expected.cuda()) < of_reference
+
+
+@torch.inference_mode()
+def test_products_with_their_ends(runner, monkeypatch):
+    """Their descriptors are part of the graph: replayed on other steps' rows, they give these steps' logits."""
+    launches = {"prefill_qkv_rope": Launch(64, 64, 32, 4, 3), "prefill_gate_up": Launch(64, 32, 32, 4, 3, per_sm=0)}
+    asked = []
+    monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: asked.append(kernel) or launches[kernel])
+    monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
+    buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device)
+    graphs = PrefillGraphs(runner.model, buffers, max_fused_rows=0)
+    assert set(asked) == set(launches)
+    of_reference, _ = PRECISION[str(runner.dtype).removeprefix("torch.")]
+    for lengths in STEPS:
+        inputs, expected = make_inputs(lengths, runner.num_blocks)
+        if graphs.fits(inputs):
+            assert error(graphs.run(inputs), expected.cuda()) < of_reference
 
 
 def random_inputs(tokens: int, sequences: int, block_size: int, vocab: int) -> PrefillInputs:

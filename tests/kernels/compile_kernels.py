@@ -168,13 +168,14 @@ def prefill_products(
         return torch.empty(shape, dtype=dtype, device=META)
 
     x, out = new(rows, hidden), (heads + 2 * kv_heads) * head_dim
-    kernels.prefill_gate_up(x, new(2 * inter, hidden), gate_up)
+    kernels.prefill_gate_up(x, new(2 * inter, hidden), gate_up, dependent=True)
     gamma, bias = (new(head_dim), None) if qkv else (None, new(out))
     cache = new(4, 256, kv_heads, head_dim)
     numbers = torch.empty(rows, dtype=torch.int32, device=META)
     kernels.prefill_qkv_rope(
         x, new(out, hidden), gamma, gamma, torch.empty(4096, head_dim, device=META), numbers, numbers, cache, cache,
         heads, kv_heads, head_dim, 1e-6, bias, return_kv=bias is None, launch=qkv,
+        dependent=True,
     )  # fmt: skip
 
 

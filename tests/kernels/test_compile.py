@@ -16,6 +16,8 @@ DEPENDENT = {
     "decode_linear.decode_linear_vector_kernel",
     "embed_rows.embed_rows_kernel",
     "prefill_attention.prefill_attention_kernel",
+    "prefill_gate_up.prefill_gate_up_kernel",
+    "prefill_qkv_rope.prefill_qkv_rope_kernel",
     "qk_norm_rope_cache.qk_norm_rope_cache_kernel",
     "rms_norm.rms_norm_kernel",
     "sample.choose_token_kernel",
@@ -26,8 +28,6 @@ DEPENDENT = {
 KERNELS = DEPENDENT | {
     "paged_attention.paged_attention_combine_kernel",
     "paged_attention.paged_attention_kernel",
-    "prefill_gate_up.prefill_gate_up_kernel",
-    "prefill_qkv_rope.prefill_qkv_rope_kernel",
     "rms_norm_linear.rms_norm_linear_tiled_kernel",
     "rms_norm_linear.rms_norm_linear_vector_kernel",
     "write_kv.write_kv_kernel",

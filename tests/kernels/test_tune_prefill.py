@@ -63,7 +63,7 @@ def test_cublas_may_win_and_time_may_run_out(timer, capsys):
     with use("reference"):
         assert _tune_prefill.measure(bench, 40, float("inf")) == {"path": "cublas", "cublas_us": 9.0}
         timer += [9.0, 7.0]
-        assert _tune_prefill.measure(bench, 40, 0.0) == {"path": "cublas", "cublas_us": 9.0}
+        assert _tune_prefill.measure(bench, 40, 0.0) == {}
     assert "no time for 1 candidates" in capsys.readouterr().out
 
 
@@ -72,9 +72,11 @@ def test_choices_come_back(monkeypatch, tmp_path):
     monkeypatch.setattr(choices, "gpu_slug", lambda device: "some-gpu")
     choices._table.cache_clear()
     gpu, launch = torch.device("cuda", 0), GATE_UP[7]
-    choices.save(gpu, {"decode_linear": {"a": {"path": "cublas"}}}, {})
+    assert choices.facts(gpu) == {}
+    choices.save(gpu, {"decode_linear": {"a": {"path": "cublas"}}}, {"date": "a day"})
     entry = {"launch": _tune_prefill.asdict(launch), "us": 1.0}
-    choices.save(gpu, {"prefill_gate_up": {shape_key(6144, 1024, 4095): entry}}, {})
+    choices.save(gpu, {"prefill_gate_up": {shape_key(6144, 1024, 4095): entry}}, choices.facts(gpu))
+    assert choices.facts(gpu) == {"date": "a day"}
     assert best_launch("prefill_gate_up", 6144, 1024, 2049, torch.bfloat16, gpu) == launch
     assert best_launch("prefill_gate_up", 6144, 1024, 2048, torch.bfloat16, gpu) is None
     assert choices.chosen("decode_linear", "a", gpu) == {"path": "cublas"}
