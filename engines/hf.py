@@ -289,15 +289,19 @@ class HF:
         requests = list(requests)
         results: dict[str, RequestResult] = {}
         arrivals = Arrivals(requests, arrivals_s)
-        for sequence, reason in self._run(arrivals):
-            request = sequence.request
-            result = RequestResult(
-                request.request_id, len(request.prompt_token_ids), tuple(sequence.tokens),
-                arrivals.due_s(request.request_id), tuple(sequence.times_s), reason,
-            )  # fmt: skip
-            results[request.request_id] = result
-            if on_finish:
-                on_finish(result)
+        try:
+            for sequence, reason in self._run(arrivals):
+                request = sequence.request
+                result = RequestResult(
+                    request.request_id, len(request.prompt_token_ids), tuple(sequence.tokens),
+                    arrivals.due_s(request.request_id), tuple(sequence.times_s), reason,
+                )  # fmt: skip
+                results[request.request_id] = result
+                if on_finish:
+                    on_finish(result)
+        except BaseException:  # what stays queued would run with the next call
+            self.abort(request.request_id for request in requests)
+            raise
         return [results[request.request_id] for request in requests]
 
     def score(self, requests: Iterable[Request]) -> list[Scored]:
@@ -305,6 +309,9 @@ class HF:
         self._keep_logits = True
         try:
             done = {sequence.request.request_id: sequence for sequence, _ in self._run(Arrivals(requests))}
+        except BaseException:
+            self.abort(request.request_id for request in requests)
+            raise
         finally:
             self._keep_logits = False
         ordered = [done[r.request_id] for r in requests]

@@ -28,10 +28,14 @@ BETWEEN_QKV_AND_O = ("qk_norm", "rope", "kv_write", "attention")
 _COPY = re.compile(r"Mem(cpy|set)\b")
 _READ_BACK = re.compile(r"Memcpy DtoH")
 _ATTENTION = re.compile(r"flash::|flash_(fwd|attn)|fmha|attention|attn")
-_PRODUCT = re.compile(r"nvjet|gemm|gemv|cublas|xmma|matmul|triton_tem|norm_linear|decode_(linear|head)")
+_PRODUCT = re.compile(
+    r"nvjet|gemm|gemv|cublas|xmma|matmul|triton_tem|norm_linear|decode_(linear|head)|prefill_(gate_up|qkv_rope)"
+)
 _PRODUCT_TAIL = re.compile(r"splitK_?reduce", re.IGNORECASE)
 _MAY_NORM = re.compile(r"norm_linear|decode_(linear|head)")
 """Matrix products that can do the norm before them too."""
+_ROTATES = re.compile(r"prefill_qkv_rope")
+"""The matrix product that does all between it and attention too."""
 _ADD = re.compile(r"CUDAFunctor_add|fused_add_\d+$")
 _EMBED = re.compile(r"indexSelect|index_select|gather|embedding|embed_rows")
 _PICK = re.compile(r"indexSelect|vectorized_gather")
@@ -144,6 +148,9 @@ def _attribute_layer(
     if not before_down:
         gate_up_ops.append("silu_mul")
     middle_ops = [op for op in BETWEEN_QKV_AND_O if qk_norm or op != "qk_norm"]
+    if _ROTATES.search(names[qkv.stop - 1]):
+        qkv_ops += middle_ops[:-1]
+        middle_ops = middle_ops[-1:]
     if not middle:
         qkv_ops += middle_ops
     for block, where, ops in (

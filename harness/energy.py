@@ -1,56 +1,64 @@
 """Energy of steps: the GPU's own counter over a loop of them, less what the GPU takes idle.
 
-The counter (NVML's total energy consumption, of the whole GPU) moves in ticks of up to a tenth of a second, so a loop
-begins at a tick and ends at the first one after it; the idle rest of it is taken off with the idle power. A decode
-shape's loop holds prompts, too, since contexts may not grow; a loop of prompts alone says how much of it is theirs.
+The counter (NVML's total energy consumption, of the whole GPU) moves in ticks of up to a tenth of a second, and at a
+tick it may still lack what ran just before. So a loop begins and ends at a tick that has a whole quiet one before it.
+What the GPU takes idle depends on its clocks and temperature; it is measured after each loop, when both are the loop's,
+and taken off for the gaps as well as for the ends. A decode shape's loop holds prompts, too, since contexts may not
+grow; a loop of the same prompts with fewer decode steps is taken off it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engines.base import TraceUnsupported
 
-IDLE_S = 2.0
+IDLE_S = 1.0
+"""Ten ticks at least: found to a millisecond each, its ends are then off by a few thousandths."""
 POLL_S, LONGEST_TICK_S = 0.001, 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """A loop: J beyond idle, whole rounds of its work, and its seconds."""
+    """A loop: J beyond idle, whole rounds of its work, its seconds, and W of the idle GPU after it."""
 
     joules: float
     rounds: int
     seconds: float
+    idle_w: float
 
 
 @dataclass
 class EnergyMeter:
-    """Reads `joules`, a counter that moves in ticks; `idle_w` is measured when it is made: nothing may run then."""
+    """Reads `joules`, a counter that moves in ticks. TraceUnsupported: this one does not."""
 
     joules: Callable[[], float]
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
-    idle_w: float = field(init=False)
 
     def __post_init__(self) -> None:
-        begin_s, begin_j = self._tick()
-        self.sleep(IDLE_S)
-        end_s, end_j = self._tick()
-        self.idle_w = (end_j - begin_j) / (end_s - begin_s)
+        self._tick()
 
     def spend(self, work: Callable[[], None], seconds: float) -> Spent:
-        """Do `work` over and over for `seconds` at least; each time it must leave the GPU idle."""
-        begin_s, begin_j = self._tick()
+        """Do `work` over and over for `seconds` at least; each time it must leave the GPU idle. TraceUnsupported."""
+        begin_s, begin_j = self._quiet_tick()
         rounds = 0
         while rounds == 0 or self.clock() - begin_s < seconds:
             work()
             rounds += 1
-        end_s, end_j = self._tick()
+        end_s, end_j = self._quiet_tick()
+        self.sleep(IDLE_S)
+        idle_s, idle_j = self._tick()
+        idle_w = (idle_j - end_j) / (idle_s - end_s)
         took_s = end_s - begin_s
-        return Spent(end_j - begin_j - self.idle_w * took_s, rounds, took_s)
+        return Spent(end_j - begin_j - idle_w * took_s, rounds, took_s, idle_w)
+
+    def _quiet_tick(self) -> tuple[float, float]:
+        """A tick before which nothing has run for a whole one. TraceUnsupported."""
+        self._tick()
+        return self._tick()
 
     def _tick(self) -> tuple[float, float]:
         """When the counter moved next, in s, and to what. TraceUnsupported: it does not move."""

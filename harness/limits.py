@@ -47,12 +47,12 @@ class Work:
         return Work(typical, workloads.requests(config.workload, device, config.model.vocab_size, config.seed))
 
 
-def device_of(config: Config) -> str:
-    """cuda or cpu. InputError: a GPU was asked for and there is none."""
+def device_of(wanted: str) -> str:
+    """cuda or cpu, `wanted` or for `auto` what there is. InputError: a GPU was asked for and there is none."""
     available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
+    if wanted == "cuda" and not available:
         raise InputError("device=cuda needs a GPU that torch can use, and there is none; device=auto takes the CPU.")
-    return "cuda" if available and config.device != "cpu" else "cpu"
+    return "cuda" if available and wanted != "cpu" else "cpu"
 
 
 def dtype_of(config: Config, device: str) -> str:

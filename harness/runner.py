@@ -72,7 +72,7 @@ class Session:
         self.config = config
         self.run_dir = run_dir
         self.reporter = reporter or Reporter()
-        self.device = device_of(config)
+        self.device = device_of(config.device)
         self.work = Work.of(config, self.device)
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{config.engine.name}-{uuid.uuid4().hex[:8]}"
         self.ranges = Ranges(config.instrument.nvtx)

@@ -65,10 +65,15 @@ def steps_table(run: dict[str, Any], layers: pd.DataFrame, title: str) -> Table:
         if timed["status"] != "ok":
             table.add_row(*who, "-", "-", "-", timed["status"])
             continue
-        low, high = timed["wall_us_low"] / 1e3, timed["wall_us_high"] / 1e3
+        interval = _interval(timed["wall_us_low"] / 1e3, timed["wall_us_high"] / 1e3, timed["samples"])
         ops = ", ".join(f"{op} {share:.0%}" for op, share in slowest_ops(layers, shape))
-        table.add_row(*who, f"{timed['wall_us'] / 1e3:.3f}", f"{low:.3f} - {high:.3f}", timed["mode"], ops)
+        table.add_row(*who, f"{timed['wall_us'] / 1e3:.3f}", interval, timed["mode"], ops)
     return table
+
+
+def _interval(low: float, high: float, samples: int) -> str:
+    """One sample has no interval; its ends would both be the sample."""
+    return f"{low:.3f} - {high:.3f}" if samples > 1 else "(once)"
 
 
 def rounds_table(records: list[dict[str, Any]], title: str) -> Table:
@@ -78,7 +83,10 @@ def rounds_table(records: list[dict[str, Any]], title: str) -> Table:
         table.add_column(name, justify="left" if name in ("phase", "metric") else "right")
     for r in records:
         size = (str(r["batch_size"]), str(r["tokens"]), str(r["output_len"]))
-        interval = f"{r['low']:.3f} - {r['high']:.3f}"
+        if "median" not in r:
+            table.add_row(r["phase"], *size, r["metric"], "-", r["status"], "0")
+            continue
+        interval = _interval(r["low"], r["high"], r["samples"])
         table.add_row(r["phase"], *size, r["metric"], f"{r['median']:.3f}", interval, str(r["samples"]))
     return table
 

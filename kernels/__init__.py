@@ -20,6 +20,10 @@ from kernels.paged_attention import FUSION as _PAGED_ATTENTION
 from kernels.paged_attention import paged_attention
 from kernels.prefill_attention import FUSION as _PREFILL_ATTENTION
 from kernels.prefill_attention import prefill_attention
+from kernels.prefill_gate_up import FUSION as _PREFILL_GATE_UP
+from kernels.prefill_gate_up import prefill_gate_up
+from kernels.prefill_qkv_rope import FUSION as _PREFILL_QKV_ROPE
+from kernels.prefill_qkv_rope import prefill_qkv_rope
 from kernels.qk_norm_rope_cache import FUSION as _QK_NORM_ROPE_CACHE
 from kernels.qk_norm_rope_cache import qk_norm_rope_cache
 from kernels.rms_norm import rms_norm
@@ -48,6 +52,8 @@ FUSIONS: dict[str, Fusion] = {
         _DECODE_HEAD,
         _DECODE_ATTENTION,
         _PREFILL_ATTENTION,
+        _PREFILL_GATE_UP,
+        _PREFILL_QKV_ROPE,
     )
 }
 
@@ -64,6 +70,8 @@ __all__ = [
     "embed_rows",
     "paged_attention",
     "prefill_attention",
+    "prefill_gate_up",
+    "prefill_qkv_rope",
     "qk_norm_rope_cache",
     "rms_norm",
     "rms_norm_gate_up_silu",

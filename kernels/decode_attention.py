@@ -21,7 +21,7 @@ of one piece is written straight to the output; of several, the program that com
 Three ways (`Launch.dot`, `Launch.fragments`):
 - A stream, for many rows: a program takes one row, one key/value head with all its query heads, and one piece of at
   least `Launch.piece` keys, tile after tile through shared memory and tensor cores, whose tiles have 16 rows however
-  few the query heads are. `Launch.ahead` keys are asked into the L2 before the wait.
+  few the query heads are.
 - From registers, for few rows, where latencies count: a program holds a whole tile of keys, and one half of its
   values' columns, in registers before the wait; two programs do the same scores for two halves of the output, and none
   of them needs the other. Products are sums in float32, which need no exchange between threads but that of the scores.
@@ -59,6 +59,8 @@ SPLIT_TOKENS = 256
 """Part a context into pieces of at least about so many keys: merging the parts costs more than it gains below."""
 FULL_PROGRAMS = 256
 """Split until about so many programs run: a large GPU's multiprocessors have one or two each."""
+REGISTER_ROWS = 4
+"""Up to here launches without tensor cores are tried, in types of 2 bytes."""
 MERGED_ELEMENTS = 64
 """Elements of all parts that a thread of the merging program holds in registers at most."""
 
@@ -72,7 +74,6 @@ class Launch:
     piece: least keys of a split, a multiple of block_n
     dot: products on tensor cores; else piece is block_n
     num_stages: of the dot's software pipeline, where the look-up of the block takes half: 5 keep two tiles under way
-    ahead: with dot, keys to ask into the L2 before the wait, a power of two or 0; needs dependent launches
     fragments: with dot, K and V straight into the registers from which tensor cores take them, in 1 or 2 programs that
         share the values' columns; then piece is block_n, 16 keys or more for each warp. 0: through shared memory
     heads: without dot, query heads of a program, a divisor of the group; 0: all that share the key/value head
@@ -86,7 +87,6 @@ class Launch:
     num_warps: int
     dot: bool
     num_stages: int = 1
-    ahead: int = 0
     fragments: int = 0
     heads: int = 0
     registers: int = 0
@@ -108,8 +108,6 @@ class Launch:
             raise ValueError(f"fragments must be 1 or 2, and dot true, or 0, not {self.fragments}.")
         if self.fragments and self.block_n < 16 * self.num_warps:
             raise ValueError(f"fragments need 16 keys for each of {self.num_warps} warps, not {self.block_n} in all.")
-        if self.ahead & (self.ahead - 1):
-            raise ValueError(f"ahead must be a power of two or 0, not {self.ahead}.")
 
 
 @dataclass(frozen=True)
@@ -210,40 +208,17 @@ def _pivot(peak):
 
 
 @triton.jit
-def _ask_into_l2(pointers, wanted):
-    """Start bringing the lines of 128 bytes that are wanted into the L2; nothing waits for them.
-
-    Line by line: the bulk prefetch takes its address from uniform registers, so a warp's threads would take turns.
-    """
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r", [pointers.to(tl.int64), wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _from_stream(
     token, q_weight, k_weight, angle, table, last, k_head, v_head, begin, end, new_place, adds_new, writes_new,
     kv_head, eps, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     DEPENDENT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys begin to end of one key/value head, tile after tile, on tensor cores: total [M, D], norm and peak [M]."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    if AHEAD > 0:
-        LINE: tl.constexpr = 128 // k_head.dtype.element_ty.itemsize
-        LINES: tl.constexpr = (BLOCK_D + LINE - 1) // LINE
-        line = tl.arange(0, AHEAD * LINES)
-        key = begin + line // LINES
-        within_key = line % LINES * LINE
-        wanted = (key < end) & (within_key < HEAD_DIM)
-        block = tl.load(table + tl.minimum(key // BLOCK_SIZE, last), mask=wanted, other=0).to(tl.int64)
-        ahead = (block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_STRIDE + within_key
-        _ask_into_l2(k_head + ahead, wanted)
-        _ask_into_l2(v_head + ahead, wanted)
     d = tl.arange(0, BLOCK_D)[None, :]
     in_d = d < HEAD_DIM
     other = tl.where(d < HALF, d + HALF, d - HALF)
@@ -635,7 +610,7 @@ def decode_attention_kernel(
     max_blocks, eps, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr, PIECE: tl.constexpr, DOT: tl.constexpr, DEPENDENT: tl.constexpr, OWN: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
     STAGES: tl.constexpr, FRAGMENTS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One row, OWN query heads that share a key/value head, and one split; without DOT one half of the values.
@@ -689,7 +664,7 @@ def decode_attention_kernel(
         total, norm, peak = _from_stream(
             token, q_weight, k_weight, angle, table, last, k_head, v_head, begin, tl.minimum(begin + piece, cached),
             new_place, newest, writes_new, kv_head, eps, scale_log2,
-            HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, DEPENDENT, BLOCK_G, BLOCK_N, BLOCK_D, AHEAD, STAGES,
+            HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, DEPENDENT, BLOCK_G, BLOCK_N, BLOCK_D, STAGES,
         )  # fmt: skip
     else:
         total, norm, peak = _from_registers(
@@ -786,7 +761,8 @@ def candidates(
 
     group = heads // kv_heads
     together = 1 < group <= 4 and 4 * rows * heads > FULL_PROGRAMS
-    for own in (1, 0) if together else (1,):
+    from_registers = rows <= REGISTER_ROWS or element_bytes != 2
+    for own in () if not from_registers else (1, 0) if together else (1,):
         programs = 2 * rows * (heads if own else kv_heads)
         for waves, num_warps, registers in ((8, 8, 0), (8, 8, 128), (8, 4, 0), (4, 8, 0)):
             block_n = waves * _keys_at_once(num_warps, head_dim, element_bytes)
@@ -797,23 +773,18 @@ def candidates(
     if element_bytes != 2:
         return list(dict.fromkeys(found))
 
-    for block_n, num_warps, parts, registers in (
-        (256, 16, 2, 96), (256, 16, 1, 128), (256, 8, 2, 128), (256, 8, 1, 168), (128, 8, 2, 96), (128, 8, 1, 128),
-        (128, 4, 1, 168), (64, 4, 1, 128),
-    ):  # fmt: skip
+    for block_n, num_warps, parts, registers in ((256, 8, 2, 128), (256, 8, 1, 168), (128, 4, 1, 168)):
         programs = rows * kv_heads * parts
         for number in splits(num_warps):
             few = 2 * programs * number < FULL_PROGRAMS // 2 and number < splits(num_warps)[-1]
             if head_dim >= 64 * parts and not few and (number == 1 or programs * number <= FULL_PROGRAMS * 2):
                 found.append(Launch(block_n, number, block_n, num_warps, True, fragments=parts, registers=registers))
     programs = rows * kv_heads
-    for block_n, num_warps, num_stages, ahead in (
-        (32, 1, 3, 0), (32, 1, 5, 0), (32, 1, 5, 256), (64, 4, 5, 0), (64, 4, 5, 256), (128, 4, 5, 0),
-    ):  # fmt: skip
+    for block_n, num_warps, num_stages in ((32, 1, 3), (32, 1, 5), (64, 2, 3), (64, 4, 5), (128, 4, 5)):
         for number in splits(num_warps):
             few = programs * number < FULL_PROGRAMS // 4 and number < splits(num_warps)[-1]
             if not few and (number == 1 or programs * number <= FULL_PROGRAMS * 2):
-                found.append(Launch(block_n, number, SPLIT_TOKENS, num_warps, True, num_stages, ahead))
+                found.append(Launch(block_n, number, SPLIT_TOKENS, num_warps, True, num_stages))
     return list(dict.fromkeys(found))
 
 
@@ -903,7 +874,7 @@ def decode_attention(
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         SPLITS=launch.splits, PIECE=launch.piece, DOT=launch.dot, DEPENDENT=depends, OWN=own,
         BLOCK_G=_block_g(own), BLOCK_N=launch.block_n, BLOCK_D=_block_d(head_dim), SLOTS=slots,
-        AHEAD=launch.ahead if depends else 0, STAGES=launch.num_stages,
+        STAGES=launch.num_stages,
         FRAGMENTS=launch.fragments, WARPS=launch.num_warps,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if depends else {}),
         **({"maxnreg": launch.registers} if launch.registers else {}),

@@ -11,8 +11,10 @@
 Fused: norm, linear and the sampler's first pass. Saved: the normalised rows' write and read (2 * rows * hidden
 elements), and a read of the logits (rows * vocab).
 
-A program makes one tile: W x^T on tensor cores, all rows at once, so it is for few rows (up to 16 or so). W, which is
-most of a small model, streams through a pipelined loop; its first columns are asked into the L2 before the wait.
+Two ways, both for few rows (up to 16 or so). In one kernel, a program makes one tile: W x^T on tensor cores, all rows
+at once; W, which is most of a small model, streams through a pipelined loop, and its first columns are asked into the
+L2 before the wait. Or as a layer's product (`Launch.product`), whose programs hold W in registers and come nearer to
+the memory's rate, with `tile_stats` after it.
 """
 
 from __future__ import annotations
@@ -29,18 +31,25 @@ from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.choices import chosen
+from kernels.decode_linear import Launch as LinearLaunch
+from kernels.decode_linear import decode_linear
 from kernels.rms_norm_linear import rms_norm
-from kernels.sample import TILE
+from kernels.sample import TILE, tile_stats
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the head is launched: columns of W per step, steps under way, and how many steps are asked for early."""
+    """How the head is launched.
 
-    block_k: int
-    num_warps: int
-    num_stages: int
+    In one kernel: columns of W per step, steps under way, and how many steps are asked for early.
+    product: instead, how `decode_linear` makes the logits
+    """
+
+    block_k: int = 64
+    num_warps: int = 4
+    num_stages: int = 4
     ahead: int = 1
+    product: LinearLaunch | None = None
 
 
 def reference(
@@ -134,7 +143,10 @@ def best_launch(rows: int, vocab: int, k: int, element_bytes: int, device: torch
     choice = chosen("decode_head", shape_key(rows, vocab, k), device) if element_bytes == 2 else None
     if choice is None:
         return default_launch(k, element_bytes)
-    return None if choice.get("path") == "cublas" else Launch(**choice["launch"])
+    if choice.get("path") == "cublas":
+        return None
+    product = choice["launch"].get("product")
+    return Launch(product=LinearLaunch(**product)) if product else Launch(**choice["launch"])
 
 
 def decode_head(
@@ -164,14 +176,17 @@ def decode_head(
     check_like("temperatures", temperatures, (rows,), x, torch.float32)
     if not runs_triton(x):
         return reference(x, norm_weight, weight, eps, temperatures)
+    shape = (k, x.element_size())
+    launch = launch or best_launch(rows, vocab, *shape, x.device) or default_launch(*shape)
+    if launch.product is not None and rows > 0 and vocab > 0:
+        logits = decode_linear(x, weight, norm_weight=norm_weight, eps=eps, dependent=dependent, launch=launch.product)
+        return logits, *tile_stats(logits, temperatures, dependent=dependent)
     tiles = -(-vocab // TILE)
     logits = torch.empty((rows, vocab), dtype=x.dtype, device=x.device)
     tile_max = torch.empty((rows, tiles), dtype=torch.float32, device=x.device)
     tile_sum = torch.empty((rows, tiles), dtype=torch.float32, device=x.device)
     if rows == 0 or vocab == 0:
         return logits, tile_max, tile_sum
-    shape = (k, x.element_size())
-    launch = launch or best_launch(rows, vocab, *shape, x.device) or default_launch(*shape)
     dependent = dependent and can_depend(x.device)
     options = {"launch_pdl": True} if dependent else {}
     block_m = min(64, max(16, 1 << (rows - 1).bit_length()))

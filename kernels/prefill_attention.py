@@ -36,7 +36,7 @@ from kernels.qk_norm_rope_cache import saved_bytes as rope_saved_bytes
 LOG2_E = 1.4426950408889634
 BLOCK_T, BLOCK_N = 16, 64
 """Tokens of a program, and keys that it takes at a time."""
-WARPS = 4
+WARPS = 8
 SHARED_BYTES = 400, 16
 """Of shared memory a program takes at most, for each byte of a head: so much, and so much more for each query head of
 a group. From compiling for sm_80 to sm_90 with groups of 2 to 8 and heads of 128 and 256."""

@@ -10,8 +10,8 @@ choice says so. The tiled kernel takes its norm half made from the product befor
 The best are then tried in the chain of all layers and, for few rows, the head, because a kernel's neighbours share the
 multiprocessors with it.
 
-Attention is timed after the projection before it, whose time is taken off again, at short and at long contexts: one
-launch serves all lengths, and the best is that of the least product of both times.
+Attention is timed between the projections before and after it, whose time is taken off again, at short and at long
+contexts: one launch serves all lengths, and the best is that of the least product of both times.
 
 Kernels are compiled first, by many processes, into Triton's cache.
 """
@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -68,11 +68,12 @@ from kernels.sample import TILE
 EPS = 1e-6
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_ROWS = (1, 16, 64)
+HEAD_VECTOR_ROWS = 4
 HEAD_ROWS = 16
 """Above, the engine uses cuBLAS and `tile_stats`."""
 VECTOR_ROWS = 8
 MAX_CONTEXT = 4096
-ATTENTION_TRIES = 8
+ATTENTION_TRIES = 5
 """How many of the fastest at short contexts are timed at long ones."""
 MATRIX_ROWS = 64
 TILED_ROWS = 8
@@ -191,9 +192,15 @@ def _tiled_candidates(op: Op, rows: int, quick: bool) -> Iterable[Launch]:
                         yield Launch("tiled", block_n, block_k, warps, block_m, num_stages, split_k)
 
 
-def head_candidates(quick: bool) -> list[HeadLaunch]:
+def head_candidates(rows: int, hidden: int, quick: bool) -> list[HeadLaunch]:
     """Launches of the head worth timing, the default first."""
     found = [default_head(1024, 2)]
+    for block_n, num_warps, registers in ((4, 1, 255), (8, 2, 128), (8, 4, 128)) if rows <= HEAD_VECTOR_ROWS else ():
+        found.append(HeadLaunch(product=Launch("vector", block_n, 256 * num_warps, num_warps, registers=registers)))
+    for block_n, num_warps, chunks in ((16, 4, 1), (16, 4, 4), (8, 4, 1), (16, 8, 1)) if rows > 1 else ():
+        block_k = min(32 * num_warps * chunks, hidden)
+        product = Launch("matrix", block_n, block_k, num_warps, block_m=8 if rows <= 8 else 16, registers=255)
+        found.append(HeadLaunch(product=product))
     for block_k, num_stages in ((64, 4), (128, 3)) if quick else ((64, 3), (64, 4), (64, 5), (128, 3), (128, 5)):
         for num_warps in (4, 8):
             found += [HeadLaunch(block_k, num_warps, num_stages, ahead) for ahead in ((1,) if quick else (0, 2))]
@@ -342,7 +349,8 @@ HEADER = " rows op         ours µs cuBLAS µs  norm µs    GB/s  best launch"
 
 def _brief(launch: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""
-    return {f.name: getattr(launch, f.name) for f in fields(launch) if getattr(launch, f.name) != f.default}
+    values = {f.name: getattr(launch, f.name) for f in fields(launch) if getattr(launch, f.name) != f.default}
+    return {name: _brief(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 def time_op(bench: Bench, rows: int, quick: bool, failures: list[str]) -> Found:
@@ -370,7 +378,7 @@ def time_head(bench: HeadBench, rows: int, quick: bool, failures: list[str]) -> 
     """All candidates of the head."""
     bench.prepare(rows)
     timed = []
-    for launch in head_candidates(quick):
+    for launch in head_candidates(rows, bench.hidden, quick):
         try:
             error = bench.error(launch)
         except triton.runtime.errors.OutOfResources:
@@ -554,8 +562,9 @@ def compile_all(
             for attention in attention_candidates(count, model.heads, model.kv_heads, model.head_dim, MAX_CONTEXT):
                 jobs.setdefault(attention, (model, 1, attention))
         if with_head and count <= HEAD_ROWS:
-            for head_launch in head_candidates(quick):
-                jobs.setdefault((head_launch, count > 1), (model, count, head_launch))
+            for head_launch in head_candidates(count, model.hidden, quick):
+                compiled_for = _compiled_for(head_launch.product, count) if head_launch.product else int(count > 1)
+                jobs.setdefault((head_launch, compiled_for), (model, count, head_launch))
     work = list(jobs.values())
     workers = min(WORKERS, max(1, (os.cpu_count() or 2) - 2))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:

@@ -1,14 +1,17 @@
 """How often does harness.regress call the same slower, and how often does it find what is slower? On this machine.
 
     python scripts/regress_trial.py results/regress-trial --json results/reference/h200/regress-trial.json
-    python scripts/regress_trial.py results/trial --launches 6 --seconds 1 -- model=tiny
+    python scripts/regress_trial.py results/trial --engine nano --launches 6 --seconds 1 -- model=tiny
 
-Starts nano LAUNCHES times, and half as often with a delay of a share of each step planted into one layer
-(scripts/slow_engine.py), spread evenly among them, each in a process of its own through `python -m harness`. How long
-a step's delay is follows from the first launch. Then it takes the launches apart: COMPARISONS times half of the plain
-ones against the other half, and COMPARISONS times as many plain against slow ones, drawn at random, each judged by
-harness.regress at its default preset. Launches that are there already are not run again; what follows `--` are
-overrides of the harness.
+Starts ENGINE LAUNCHES times, and half as often with a delay of a share of each step planted into one layer
+(scripts/slow_engine.py; the others have a delay of nothing there), spread evenly among them, each a run of the harness
+in a process of its own. How long a step's delay is follows from the first launch. The first of either kind is
+verified; the others run the same code on the same weights. Then it takes the launches apart: COMPARISONS times half of
+the plain ones against the other half, and COMPARISONS times as many plain against slow ones, drawn at random, each
+judged by harness.regress at its default preset. Launches that are there already are not run again; what follows `--`
+are overrides of the harness.
+
+fused is bound by the GPU, whose launches differ by little; how nano's differ says more of the host than of the engine.
 
 Random halves of one set of launches are not independent comparisons: counts over them say how such launches are judged,
 with less certainty than as many comparisons of fresh launches would.
@@ -22,6 +25,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,19 +47,28 @@ from harness.results import load, write_json
 NORMAL, SLOW = "normal", "slow"
 SAME_SAME, SAME_SLOW = "same_with_same", "same_with_slow"
 WORK = (
-    "engine=nano", "workload=latency", "workload.prefill=[[1,512]]", "workload.decode=[[1,128],[32,128]]",
+    "workload=latency", "workload.prefill=[[1,512]]", "workload.decode=[[1,128],[32,128]]",
     "workload.cpu_prefill=[[1,64]]", "workload.cpu_decode=[[1,32],[8,32]]", "instrument=steps",
-    "instrument.precision=0.001", "instrument.max_iterations=3000", "weights=random",
+    "instrument.precision=0.001", "instrument.max_iterations=1000", "weights=random",
     # A small cache of known size, few graphs: a launch starts in half the time.
     "limits.max_num_seqs=32", "limits.max_num_batched_tokens=4096", "limits.kv_cache_tokens=65536",
 )  # fmt: skip
+ENGINES = {
+    # Its own kernels do nearly everything, and torch's compiler takes seconds to be imported for the rest.
+    "fused": ("engine=fused", "engine.target=scripts.slow_engine.Fused", "+engine.options.compile=false"),
+    "nano": ("engine=nano", "engine.target=scripts.slow_engine.Nano"),
+}
 LAUNCH = """
-import json, runpy, sys
-import engines.hf, engines.nano, harness.runner
-sys.argv = ["harness", *json.loads(sys.stdin.readline())]
-runpy.run_module("harness", run_name="__main__", alter_sys=True)
+import json, sys
+from pathlib import Path
+import engines.hf, scripts.slow_engine
+from harness.config import compose
+from harness.runner import run
+overrides, folder = json.loads(sys.stdin.readline())
+run(compose(overrides), Path(folder))
 """
-"""A process that has imported everything, and runs `python -m harness` when it is told the command line."""
+"""A process that has imported everything, and runs the harness when it is told the overrides and the run's folder.
+(The harness's command line would compose the same config four times.)"""
 NOTE = (
     "Every comparison draws its launches from one set of them, the slow side often the same ones, so the comparisons "
     "are not independent; the counts say "
@@ -95,7 +108,9 @@ def launched(folder: Path) -> bool:
     return folder.is_dir() and any(json.loads(p.read_text()).get("status") == "ok" for p in folder.rglob("run.json"))
 
 
-def run_launches(into: Path, launches: int, seconds: float, share: float, overrides: Sequence[str]) -> None:
+def run_launches(
+    into: Path, engine: str, launches: int, seconds: float, share: float, overrides: Sequence[str]
+) -> None:
     """All launches that are not there yet. InputError: one failed."""
     missing = [(side, n) for side, n in order(launches) if not launched(into / side / f"{n:02}")]
     # While an engine starts on a GPU the processor is free to import for the next one; without one that would disturb.
@@ -103,21 +118,22 @@ def run_launches(into: Path, launches: int, seconds: float, share: float, overri
     waiting: list[subprocess.Popen[str]] = []
     try:
         for place, (side, number) in enumerate(missing):
-            folder = into / side / f"{number:02}"
-            arguments = [*WORK, f"instrument.max_seconds_per_shape={seconds:g}", f"results={folder}", *overrides]
+            folder, begun_s = into / side / f"{number:02}", time.perf_counter()
+            arguments = [*ENGINES[engine], *WORK, f"instrument.max_seconds_per_shape={seconds:g}"]
             if side == SLOW:
                 delays = json.dumps(delays_us(into / NORMAL / "00", share), separators=(",", ":"))
-                arguments += ["engine.target=scripts.slow_engine.LLM", f"+engine.options.delays_us={delays}"]
+                arguments.append(f"+engine.options.delays_us={delays}")
+            arguments += [f"verify={json.dumps(number == 0)}", *overrides]
             process = waiting.pop() if waiting else _process()
             assert process.stdin is not None
-            process.stdin.write(json.dumps(arguments) + "\n")
+            process.stdin.write(json.dumps([arguments, str(folder)]) + "\n")
             process.stdin.flush()
             if ahead and place + 1 < len(missing):
                 waiting.append(_process())
             said, _ = process.communicate()
             if process.returncode:
                 raise InputError(f"Launch {number} ({side}) failed:\n{said[-2000:]}")
-            print(f"{place + 1} of {len(missing)}: {side} {number}", flush=True)
+            print(f"{place + 1} of {len(missing)}: {side} {number}, {time.perf_counter() - begun_s:.1f} s", flush=True)
     finally:
         for process in waiting:
             process.kill()
@@ -132,8 +148,9 @@ def _process() -> subprocess.Popen[str]:
 
 
 def read_launches(into: Path) -> list[Launches]:
-    """The rows of all launches. InputError: launches are missing in some rows."""
-    normal, slow = read(into / NORMAL, into / SLOW)
+    """The rows of all launches. InputError: launches are missing in some rows, or no launch of a side was verified."""
+    read(into / NORMAL / "00", into / SLOW / "00")  # refuses what was not verified
+    normal, slow = read(into / NORMAL, into / SLOW, verified=False)
     rows = [
         Launches(
             key, tuple(map(float, np.exp(cell.log_medians))), tuple(map(float, np.exp(slow.rows[key].log_medians)))
@@ -202,6 +219,7 @@ def record(rows: Sequence[Launches], comparisons: int, share: float, run: Mappin
         )
     return {
         "device": provenance["cpu"]["model"] if run["device"] == "cpu" else provenance["gpu"]["name"],
+        "engine": run["engine"],
         "model": run["model"],
         "versions": provenance["versions"],
         "launches": {NORMAL: len(rows[0].normal_ms), SLOW: len(rows[0].slow_ms)},
@@ -234,8 +252,9 @@ def main() -> int:
     """Exit code 0, or 2 with the reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("into", type=Path, metavar="FOLDER", help="where the launches' runs go")
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="fused", help="default: %(default)s")
     parser.add_argument("--launches", type=int, default=12, help="plain ones, half as many slow (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a shape (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring a shape (default: %(default)s)")
     parser.add_argument("--slowdown", type=float, default=0.03, help="share of a step planted (default: %(default)s)")
     parser.add_argument("--comparisons", type=int, default=20, help="of each kind (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
@@ -247,7 +266,7 @@ def main() -> int:
     arguments = parser.parse_args(own)
     into = arguments.into.absolute()
     try:
-        run_launches(into, arguments.launches, arguments.seconds, arguments.slowdown, overrides)
+        run_launches(into, arguments.engine, arguments.launches, arguments.seconds, arguments.slowdown, overrides)
         run = load(into / NORMAL).runs[0]
         made = record(read_launches(into), arguments.comparisons, arguments.slowdown, run)
     except InputError as error:
@@ -255,7 +274,6 @@ def main() -> int:
         return 2
     show(made)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.json, made)
     return 0
 

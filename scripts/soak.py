@@ -39,6 +39,7 @@ from engines.fused import LLM as Fused
 from engines.hf import teacher_forced_logits
 from engines.nano import LLM as Nano
 from harness import machine
+from harness.limits import device_of
 from harness.results import write_json
 
 CHECKPOINT = ROOT / "tests" / "assets" / "tiny-qwen3"
@@ -283,17 +284,13 @@ def main() -> int:
         parser.print_help()
         return 0
     arguments = parser.parse_args()
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        made = run(arguments.requests, arguments.seed, device, arguments.seconds)
+        made = run(arguments.requests, arguments.seed, device_of(arguments.device), arguments.seconds)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     show(made)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.json, made)
     return 0 if made["passed"] else 1
 

@@ -101,7 +101,6 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.json, record(arguments.engine, runs))
     return 0
 

@@ -43,6 +43,7 @@ from engines.nano import LLM as Nano
 from engines.nano.graphs import BATCH_SIZES
 from harness import machine
 from harness.config import compose
+from harness.limits import device_of
 from harness.results import write_json
 from harness.verify import FLOAT32_KL, FLOAT32_NLL_DELTA, differences
 from harness.weights import resolve
@@ -331,17 +332,13 @@ def main() -> int:
         parser.print_help()
         return 0
     arguments = parser.parse_args()
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     deadline_s = time.perf_counter() + arguments.seconds
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     provenance = machine.provenance()
-    name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
-    made: dict[str, Any] = {"device": name, "provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": []}
-    made["left_out"] = []
+    made: dict[str, Any] = {"provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": [], "left_out": []}
     try:
+        device = device_of(arguments.device)
+        name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
+        made = {"device": name, **made}
         for model in arguments.models.split(","):
             for engine in arguments.engines.split(","):
                 if engine not in ENGINES:

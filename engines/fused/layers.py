@@ -6,7 +6,7 @@ The residual stream is `hidden` itself, changed in place; nano's second tensor f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,21 @@ from engines.nano.models.decoder import Attention, DecoderLayer
 from engines.nano.utils.context import StepContext
 from kernels.decode_linear import HalfNormed, best_is_tiled, best_launch, decode_linear_half_norm
 from kernels.prefill_attention import fits
+from kernels.prefill_linear import best_launch as best_prefill_launch
+from kernels.prefill_qkv_rope import fits as holds_heads
+from kernels.prefill_qkv_rope import takes as takes_heads
 
+Rotated = tuple[Tensor, Tensor | None, Tensor | None]
+"""q, k and v as attention takes them."""
 MAX_PREFILL_ATTENTION = 256
 """Tokens of a step up to which one kernel is faster than rotation and attention apart."""
 
 
 @dataclass(slots=True)
-class DecodeContext(StepContext):
-    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence.
+class FusedContext(StepContext):
+    """Of a step through fused layers.
 
+    dependent: kernels of the step may start while the ones before them end
     half_normed: the residual stream half through the norm that comes next, where the product before left it
     """
 
@@ -36,19 +42,30 @@ class DecodeContext(StepContext):
 
 
 @dataclass(slots=True)
-class PrefillContext(StepContext):
+class DecodeContext(FusedContext):
+    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence."""
+
+
+@dataclass(slots=True)
+class PrefillContext(FusedContext):
     """Of a step that draws one token per sequence: its last layer ends with the rows of `last_tokens` alone.
 
     tail: the step that these rows make, their keys and values in the cache; but its `slot_mapping` is of all tokens
+    few: so few tokens that decode's kernels are worth a try for its products
     """
 
     tail: StepContext | None = None
-    dependent: bool = False
+    few: bool = False
 
 
 def depends(context: StepContext) -> bool:
     """Whether kernels of the step may start while the ones before them end."""
-    return isinstance(context, DecodeContext | PrefillContext) and context.dependent
+    return isinstance(context, FusedContext) and context.dependent
+
+
+def as_in_decode(context: StepContext) -> TypeGuard[FusedContext]:
+    """Whether decode's kernels make the step's products, where they are the faster ones."""
+    return isinstance(context, DecodeContext) or (isinstance(context, PrefillContext) and context.few)
 
 
 def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, bool, int, torch.device]:
@@ -60,6 +77,13 @@ def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, boo
 def product_is_fused(x: Tensor, weight: Tensor, gated: bool) -> bool:
     """Whether our kernel is faster than cuBLAS and separate kernels for x [rows, in] in a decode step here."""
     return best_launch(*shape_of(x.shape[0], weight, gated)) is not None
+
+
+def prefill_launch(kernel: str, x: Tensor, weight: Tensor, context: StepContext) -> Any:
+    """How the product of x [rows, in] and what follows it are best one kernel in prefill here; None: they are not."""
+    if isinstance(context, DecodeContext) or context.is_decode:
+        return None
+    return best_prefill_launch(kernel, weight.shape[0], weight.shape[1], x.shape[0], x.dtype, x.device)
 
 
 class Norm(nn.Module):
@@ -91,7 +115,7 @@ class NormLinear(nn.Module):
 
     def takes(self, hidden: Tensor, context: StepContext, max_prefill_rows: int) -> bool:
         """Whether one kernel is the faster way for so many rows."""
-        if not isinstance(context, DecodeContext):
+        if not as_in_decode(context):
             return hidden.shape[0] <= max_prefill_rows
         return product_is_fused(hidden, self._parts[1].weight, self.gated)
 
@@ -108,7 +132,7 @@ class NormLinear(nn.Module):
     def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
         """[tokens, out] from the residual stream [tokens, hidden]."""
         norm, linear = self._parts
-        if isinstance(context, DecodeContext):
+        if as_in_decode(context):
             half_normed, context.half_normed = context.half_normed, None
             return kernels.decode_linear(
                 half_normed or hidden, linear.weight, norm_weight=None if half_normed else norm.weight, eps=norm.eps,
@@ -139,7 +163,7 @@ class AddedLinear(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         (linear,) = self._linear
-        if not isinstance(context, DecodeContext) or not product_is_fused(x, linear.weight, False):
+        if not as_in_decode(context) or not product_is_fused(x, linear.weight, False):
             return hidden.addmm_(x, linear.weight.t())
         following = self._next
         if following and following[0].takes_half(x) and best_is_tiled(*shape_of(x.shape[0], linear.weight, False)):
@@ -170,6 +194,49 @@ class RopeCache(nn.Module):
             dependent=depends(context),
         )  # fmt: skip
         return result if wants_kv else (result, None, None)
+
+
+class QkvRope(nn.Module):
+    """Projection, head norms, rotation and cache write in one kernel, for prefill of many rows."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self._attention = (attention,)
+
+    def takes(self, hidden: Tensor, context: StepContext) -> bool:
+        """Whether one kernel is the faster way, and possible."""
+        (a,) = self._attention
+        launch = prefill_launch("prefill_qkv_rope", hidden, a.qkv_proj.weight, context)
+        heads = a.heads, a.kv_heads, a.dim
+        return launch is not None and takes_heads(*heads) and holds_heads(launch, *heads)
+
+    def forward(self, normed: Tensor, positions: Tensor, context: StepContext) -> Rotated:
+        """q [tokens, heads, dim]; and k, v [tokens, kv_heads, dim] where attention may use them without the cache."""
+        (a,) = self._attention
+        wants_kv = context.cu_seqlens_k is not None
+        result: Any = kernels.prefill_qkv_rope(
+            normed, a.qkv_proj.weight, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None,
+            a.rotary.table, positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
+            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, bias=a.qkv_proj.bias, return_kv=wants_kv,
+            launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context),
+        )  # fmt: skip
+        return result if wants_kv else (result, None, None)
+
+
+class GateUp(nn.Module):
+    """Gate and up projection and silu(gate) · up in one kernel, for prefill of many rows."""
+
+    def __init__(self, linear: StackedLinear) -> None:
+        super().__init__()
+        self._linear = (linear,)
+
+    def launch(self, x: Tensor, context: StepContext) -> Any:
+        """How one kernel is the faster way; None where it is not."""
+        return prefill_launch("prefill_gate_up", x, self._linear[0].weight, context)
+
+    def forward(self, normed: Tensor, context: StepContext) -> Tensor:
+        """[tokens, inter]."""
+        return kernels.prefill_gate_up(normed, self._linear[0].weight, self.launch(normed, context))
 
 
 class PrefillAttention(nn.Module):
@@ -234,8 +301,10 @@ class FusedLayer(nn.Module):
         self.decode_attention = DecodeAttention(attention)
         self.prefill_attention = PrefillAttention(attention)
         self.rope_cache = RopeCache(attention)
+        self.qkv_rope = QkvRope(attention)
         self.added_o = AddedLinear(attention.o_proj)
         self.norm_gate_up = NormLinear(layer.post_attention_layernorm, mlp.gate_up_proj, gated=True)
+        self.gate_up = GateUp(mlp.gate_up_proj)
         self.added_down = AddedLinear(mlp.down_proj)
         if {"half_norm", "norm_gate_up"} <= features:
             self.added_o.lead_to(self.norm_gate_up)
@@ -251,8 +320,11 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden: Tensor, residual: None, positions: Tensor, context: StepContext) -> tuple[Tensor, None]:
         attention, mlp = self.plain.self_attn, self.plain.mlp
+        qkv: Tensor | Rotated
         if "norm_qkv" in self.features and self.norm_qkv.takes(hidden, context, self.max_prefill_rows):
             qkv = self.norm_qkv(hidden, context)
+        elif self._rotates_at_once(hidden, context):
+            qkv = self.qkv_rope(self.input_norm(hidden, context), positions, context)
         else:
             qkv = attention.qkv_proj(self.input_norm(hidden, context))
         if self.last and isinstance(context, PrefillContext):
@@ -262,28 +334,45 @@ class FusedLayer(nn.Module):
         hidden = self._added(self.added_o, attention.o_proj, attended, hidden, context)
         if "norm_gate_up" in self.features and self.norm_gate_up.takes(hidden, context, self.max_prefill_rows):
             gated = self.norm_gate_up(hidden, context)
+        elif "prefill_epilogues" in self.features and self.gate_up.launch(hidden, context) is not None:
+            gated = self.gate_up(self.post_norm(hidden, context), context)
         else:
             gated = self.silu_mul(mlp.gate_up_proj(self.post_norm(hidden, context)), context)
         return self._added(self.added_down, mlp.down_proj, gated, hidden, context), None
 
-    def _attend(self, qkv: Tensor, positions: Tensor, context: StepContext) -> Tensor:
+    def _rotates_at_once(self, hidden: Tensor, context: StepContext) -> bool:
+        """Whether the projection's kernel rotates and writes the cache; short prompts' attention would do that too."""
+        wanted = "prefill_epilogues" in self.features and not self._attends_at_once(hidden, context)
+        return wanted and self.qkv_rope.takes(hidden, context)
+
+    def _attends_at_once(self, rows: Tensor, context: StepContext) -> bool:
+        """Whether all between the projections is one kernel in this prefill."""
+        return "prefill_attention" in self.features and self.prefill_attention.takes(rows, context)
+
+    def _attend(self, qkv: Tensor | Rotated, positions: Tensor, context: StepContext) -> Tensor:
+        """From the joint projection, or from q, k and v, whose keys and values are in the cache."""
         attention = self.plain.self_attn
+        if isinstance(qkv, tuple):
+            return attention.attention(*qkv, context)
         if isinstance(context, DecodeContext) and "attention" in self.features:
             return self.decode_attention(qkv, positions, context, self.workspace)
-        if "prefill_attention" in self.features and self.prefill_attention.takes(qkv, context):
+        if self._attends_at_once(qkv, context):
             return self.prefill_attention(qkv, positions, context)
         if "rope_cache" in self.features:
             return attention.attention(*self.rope_cache(qkv, positions, context), context)
         return attention.attend(qkv, positions, context)
 
     def _attend_last(
-        self, hidden: Tensor, qkv: Tensor, positions: Tensor, context: PrefillContext
+        self, hidden: Tensor, qkv: Tensor | Rotated, positions: Tensor, context: PrefillContext
     ) -> tuple[Tensor, Tensor, StepContext]:
         """(residual stream, attention's output, context) of the rows to draw from, once all keys are in the cache."""
         assert context.tail is not None and context.last_tokens is not None
-        in_one = "prefill_attention" in self.features and self.prefill_attention.takes(qkv, context)
-        if "last_rows" in self.features and "rope_cache" in self.features and not in_one:
+        q = None
+        if isinstance(qkv, tuple):
+            q = qkv[0] if "last_rows" in self.features else None
+        elif {"last_rows", "rope_cache"} <= self.features and not self._attends_at_once(qkv, context):
             q, *_ = self.rope_cache(qkv, positions, context.tail)
+        if q is not None:
             q = q.index_select(0, context.last_tokens)
             attended = self.plain.self_attn.attention(q, None, None, context.tail)
         else:
@@ -301,12 +390,14 @@ class FusedLayer(nn.Module):
             ("attention", "input_norm", self.input_norm),
             ("attention", "input_norm+qkv_proj", self.norm_qkv),
             ("attention", rope, self.rope_cache),
+            ("attention", f"qkv_proj+{rope}", self.qkv_rope),
             ("attention", f"{rope}+attention", self.decode_attention),
             ("attention", f"{rope}+attention", self.prefill_attention),
             ("attention", "o_proj", self.added_o),
             ("mlp", "post_norm", self.post_norm),
             ("mlp", "silu_mul", self.silu_mul),
             ("mlp", "post_norm+gate_up_proj+silu_mul", self.norm_gate_up),
+            ("mlp", "gate_up_proj+silu_mul", self.gate_up),
             ("mlp", "down_proj", self.added_down),
             *self.plain.sites(),
         ]

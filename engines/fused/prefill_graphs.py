@@ -29,6 +29,8 @@ FULL_STEP = 16384
 """Tokens: a budget of up to so many has a graph too, for steps that use nearly all of it."""
 FULL = 63 / 64
 MAX_SEQUENCES = 16
+FEW_TOKENS = 256
+"""Steps of up to so many tokens try decode's kernels for their products, which are measured for so many rows."""
 
 
 def token_sizes(max_tokens: int) -> tuple[int, ...]:
@@ -41,14 +43,16 @@ class PrefillBuffers:
     """Inputs of a prefill step at fixed addresses, int32, padded to one of `sizes` tokens (ascending, each above 1) and
     to `max_sequences` sequences and the padding's. They go over in a single copy from pinned memory.
 
-    `dependent`: what runs for the rows that are drawn from may be launched dependently, as in decode.
+    `dependent`: kernels that can may be launched dependently, as in decode. Steps of up to `few` tokens try decode's
+    kernels for their products.
     """
 
     def __init__(
-        self, sizes: Sequence[int], max_sequences: int, max_blocks: int, device: torch.device, dependent: bool = False
-    ) -> None:
+        self, sizes: Sequence[int], max_sequences: int, max_blocks: int, device: torch.device, dependent: bool = False,
+        few: int = 0,
+    ) -> None:  # fmt: skip
         self.sizes = tuple(sizes)
-        self.max_sequences, self.max_blocks, self.dependent = max_sequences, max_blocks, dependent
+        self.max_sequences, self.max_blocks, self.dependent, self.few = max_sequences, max_blocks, dependent, few
         self.numbers = torch.zeros(count(self._shapes(self.sizes[-1])), dtype=torch.int32, device=device)
 
     def fits(self, inputs: PrefillInputs) -> bool:
@@ -91,7 +95,11 @@ class PrefillBuffers:
 
     def inputs(self, size: int) -> tuple[Tensor, Tensor, PrefillContext]:
         """Token ids [size], positions [size] and context, whose rows to draw from are [max_sequences]."""
-        return step_of(self.numbers, self._shapes(size), True, size, size, tail=DecodeContext, dependent=self.dependent)
+        inputs = step_of(
+            self.numbers, self._shapes(size), True, size, size, tail=DecodeContext, dependent=self.dependent
+        )
+        inputs[2].few = size <= self.few
+        return inputs
 
     def _size(self, tokens: int) -> int:
         return self.sizes[bisect_left(self.sizes, tokens)]

@@ -13,7 +13,7 @@ from engines.fused.decode import DecodeStep, Graphs
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
 from engines.fused.prefill import Prompts, upload
-from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
+from engines.fused.prefill_graphs import FEW_TOKENS, MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
 from engines.fused.state import DecodeState, Flight
 from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
 from engines.nano.model_runner import ModelRunner
@@ -128,7 +128,10 @@ class FusedRunner(ModelRunner):
             # A step of one token alone is no prefill to attention: it is padded.
             tokens = token_sizes(max(2, self.config.max_num_batched_tokens))
             sequences = min(MAX_SEQUENCES, self.config.max_num_seqs)
-            buffers = PrefillBuffers(tokens, sequences, self.max_blocks, self.device, "dependent" in self.features)
+            buffers = PrefillBuffers(
+                tokens, sequences, self.max_blocks, self.device, "dependent" in self.features,
+                FEW_TOKENS if "prefill_products" in self.features else 0,
+            )  # fmt: skip
             graphs.prefill = PrefillGraphs(self.model, buffers, pool=graphs.pool)
         return graphs
 

@@ -144,16 +144,17 @@ class LLM(OfflineCalls):
         self._run(*self.scheduler.schedule())
 
     def _run(self, sequences: list[Sequence], is_prefill: bool) -> None:
-        self._last = Ran(
+        ran = Ran(
             sequences, is_prefill, [(s.num_scheduled, s.num_cached, len(s)) for s in sequences] if is_prefill else []
         )
         try:
-            self._last.token_ids = self.runner.run(sequences, is_prefill)
+            ran.token_ids = self.runner.run(sequences, is_prefill)
         except BaseException:
             if is_prefill:  # a decode step finds all as it was, and is run again
                 self.scheduler.take_back(sequences)
             raise
-        self._last.finished = self.scheduler.postprocess(sequences, self._last.token_ids)
+        ran.finished = self.scheduler.postprocess(sequences, ran.token_ids)
+        self._last = ran  # only now: a step that fails is none that ran
 
     def last_step(self) -> Step:
         return self._last.describe()

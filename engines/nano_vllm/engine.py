@@ -193,6 +193,9 @@ class NanoVLLM:
                 for name, token in step.tokens:
                     logits[name].append(kept[0][rows[name]].clone())
                     tokens[name].append(token)
+        except BaseException:
+            self.abort(logits)
+            raise
         finally:
             del runner.run_model  # the class's own again
         return [

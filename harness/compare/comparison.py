@@ -44,7 +44,7 @@ class Comparison:
         if self.baseline not in self.labels:
             raise InputError(f"baseline {self.baseline} is none of the engines: {', '.join(self.labels)}.")
         config = self.contestants[0].config
-        self.items = rounds.items(Work.of(config, device_of(config)))
+        self.items = rounds.items(Work.of(config, device_of(config.device)))
         self.reasons: dict[str, str] = {}
         self._started_s = time.perf_counter()
 

@@ -81,7 +81,6 @@ def _write(arguments: argparse.Namespace, record: dict[str, object], text: str) 
     path = None
     try:
         if path := arguments.json:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, record)
         if path := arguments.markdown:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ KEY, VALUE = "energy", "j_per_token"
 """Where a shape's record in `run.json` has it, and the key of the number."""
 _CAPTION = (
     "The whole GPU's energy over a loop of steps, less what it takes idle. Of decode in brackets: the share of the "
-    "loop's energy that its prompts took, which is subtracted; where it is large, the rest is known less well."
+    "loop's energy that its prompts and first steps took, which is subtracted; where it is large, the rest is known "
+    "less well."
 )
 
 
@@ -35,5 +36,5 @@ def section(data: Data) -> Section | None:
 def _cell(record: Mapping[str, Any]) -> str:
     if VALUE not in record:
         return str(record.get("status", "–"))
-    share = record.get("prompts_share") or 0
+    share = record.get("subtracted_share") or 0
     return html.number(1e3 * record[VALUE]) + (f" ({share:.0%})" if share else "")

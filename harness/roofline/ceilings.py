@@ -27,6 +27,7 @@ from torch import Tensor
 from engines.base import InputError
 from harness import machine
 from harness.checkpoints import cache_dir
+from harness.limits import device_of
 from harness.results import write_json
 
 WARMUP_S = 0.05
@@ -137,10 +138,7 @@ def ceilings(device: str = "auto", again: bool = False) -> Ceilings:
 
     InputError: there is no such device, others use the GPU, or the cache folder cannot be written.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("There is no GPU that torch can use.")
+    device = device_of(device)
     key = Key.here(device)
     found = None if again else cached(key)
     if found is None:
@@ -149,7 +147,6 @@ def ceilings(device: str = "auto", again: bool = False) -> Ceilings:
             raise InputError("Other processes are on the GPU; its ceilings would come out too low.")
         found = measured(key, torch.device(device))
         try:
-            key.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(key.path, asdict(found))
         except OSError as error:
             reason = error.strerror or str(error)

@@ -11,6 +11,7 @@ from engines.fused import layers
 from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
 from kernels.decode_linear import decode_linear_half_norm
+from kernels.prefill_linear import Launch as PrefillLaunch
 from tests.engines import reference
 
 LENGTHS = (1, 16, 17, 40)
@@ -130,6 +131,37 @@ def test_norms_in_halves(path, features, halves, monkeypatch, prompts, expected)
         engine = Fused(reference.config(options={"features": features or FusedOptions().features}))
         assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
     assert len(made) == 2 * halves
+
+
+EPILOGUES = {
+    "wherever they can": (("-prefill_attention",), 3 * 3, 3 * 2),
+    "all rows to the end": (("-prefill_attention", "-last_rows"), 3 * 3, 3 * 2),
+    "but in short prompts' attention": (("-head",), 2 * 3, 3 * 2),
+    "nowhere": (("-prefill_epilogues",), 0, 0),
+}
+"""What is left out → launches in three steps and three layers: of projections that rotate, of gates and ups that end
+with their activation. The first step is of a new prompt alone; the last layer's gate and up are of rows to draw from.
+"""
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")
+@pytest.mark.parametrize(("left_out", "qkv", "gate_up"), EPILOGUES.values(), ids=EPILOGUES.keys())
+def test_products_of_prefill_with_their_ends(left_out, qkv, gate_up, prompts, expected, monkeypatch):
+    """As where they were measured to be faster: the same tokens, from the kernels that were asked for."""
+    launches = {"prefill_qkv_rope": PrefillLaunch(16, 64, 32, 4, 2), "prefill_gate_up": PrefillLaunch(16, 32, 32, 4, 2)}
+    monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *shape: launches[kernel])
+    ran = []
+    for name in launches:
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *a, kernel=kernel, **options: ran.append(kernel) or kernel(*a, **options)
+        )
+    options = {"attention_backend": "triton", "features": left_out}
+    with kernels.use("triton"):
+        engine = Fused(reference.config(options=options, max_num_batched_tokens=12))
+        assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
+    assert ran.count(kernels.FUSIONS["prefill_qkv_rope"].function) == qkv
+    assert ran.count(kernels.FUSIONS["prefill_gate_up"].function) == gate_up
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")

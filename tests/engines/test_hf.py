@@ -104,6 +104,26 @@ def test_abort_drops_queued_and_running(engine: HF) -> None:
     assert not engine.has_unfinished()
 
 
+@pytest.mark.parametrize("call", ["serve", "score"])
+def test_a_call_that_fails_leaves_nothing_queued(
+    engine: HF, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    forward, calls = engine._forward, []
+
+    def failing(*arguments: Any) -> int:
+        calls.append(None)
+        if len(calls) == 5:  # some run, some wait
+            raise torch.OutOfMemoryError("made up")
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine, "_forward", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        getattr(engine, call)(requests())
+    assert not engine.has_unfinished()
+    results = engine.serve(requests())
+    assert [result.token_ids for result in results] == expected
+
+
 def test_seeded_sampling_repeats(engine: HF) -> None:
     drawn = [engine.serve(requests(temperature=3.0, seed=seed))[1].token_ids for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

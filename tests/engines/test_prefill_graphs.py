@@ -24,9 +24,11 @@ from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from tests.engines import reference
 
-VARIANTS = ((), ("-prefill_attention",), ("-prefill_attention", "-last_rows"))
+VARIANTS = ((), ("-prefill_attention",), ("-prefill_attention", "-last_rows"), ("-prefill_products", "-half_norm"))
 MODULE = sys.modules["engines.fused.prefill_graphs"]
 SIZES = (16, 32, 64, 128)
+FEW = 64
+"""Tokens of a step up to which decode's kernels make its products."""
 MAX_SEQUENCES = 4
 STEPS = ((1,), (16,), (17,), (5, 11), (1, 1, 1), (1, 16, 17, 40), (128,), (32, 32, 32, 32), (61, 2))
 GARBAGE = 2**30
@@ -67,7 +69,8 @@ def make_inputs(lengths, blocks):
 
 
 def make_buffers(runner):
-    buffers = PrefillBuffers(SIZES, MAX_SEQUENCES, runner.max_blocks, runner.device)
+    few = FEW if "prefill_products" in runner.features else 0
+    buffers = PrefillBuffers(SIZES, MAX_SEQUENCES, runner.max_blocks, runner.device, few=few)
     buffers.numbers.fill_(GARBAGE)
     return buffers
 
@@ -195,7 +198,8 @@ def test_a_cached_prefix_does_not_fit(runner):
 
 
 def test_limit_of_fused_rows_holds_only_within():
-    runner = Fused(reference.config(options={"max_fused_prefill_rows": 20})).runner
+    options = {"max_fused_prefill_rows": 20, "features": ("-prefill_products",)}
+    runner = Fused(reference.config(options=options)).runner
     inputs, expected = make_inputs((30,), runner.num_blocks)
     fused_rows = []
     for layer in runner.model.layers:

@@ -139,6 +139,28 @@ def test_a_failed_prefill_keeps_the_order(monkeypatch, make, prompts):
     assert [scheduled.request_id for scheduled in llm.last_step().scheduled] == ["request 1", "request 2"]
 
 
+@pytest.mark.parametrize("method", ["_prefill", "_decode"])
+def test_the_last_step_is_the_last_that_ran(monkeypatch, make, prompts, method):
+    """A step that failed is none: what is told is the one before it, and before the first one there is nothing."""
+    llm = make()
+    for name, prompt in zip("ab", prompts, strict=False):
+        llm.add(Request(name, tuple(prompt), GREEDY))
+    if method == "_decode":
+        llm.advance()
+        llm.advance()
+    before = llm.last_step()
+    assert [s.request_id for s in before.scheduled] == (["a", "b"] if method == "_decode" else [])
+    if isinstance(llm, Fused):
+        llm._ground()  # else the step in the air lands first
+    fail(monkeypatch, llm.runner, method)
+    with pytest.raises(torch.OutOfMemoryError):
+        llm.advance()
+    assert llm.last_step() == before
+    llm.advance()
+    assert llm.last_step().kind == ("decode" if method == "_decode" else "prefill")
+    llm.close()
+
+
 class Curious:
     """A probe that wants all of the first `patience` sites, then fails; and counts what it is told."""
 

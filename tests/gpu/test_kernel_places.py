@@ -55,7 +55,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
         "workload.decode=[[32,128]]", "limits.gpu_memory_utilization=0.3",
     ]  # fmt: skip
     config = compose(overrides)
-    device = device_of(config)
+    device = device_of(config.device)
     checked = engine_config(config, Work.of(config, device), Path(), device)
     weights = resolve(config.model, "random", 0)
     started = start_engine(config.engine.target, replace(checked, checkpoint=weights.path))

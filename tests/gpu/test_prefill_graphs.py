@@ -22,7 +22,7 @@ from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillG
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from tests.engines import reference
-from tests.engines.test_prefill_graphs import SIZES, STEPS, make_inputs
+from tests.engines.test_prefill_graphs import FEW, SIZES, STEPS, make_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -41,10 +41,11 @@ def runner(request):
     engine.close()
 
 
-@pytest.fixture(scope="module", params=(0, SIZES[-1]), ids=("apart", "one kernel"))
+@pytest.fixture(scope="module", params=((0, 0), (SIZES[-1], 0), (0, FEW)), ids=("apart", "one kernel", "as in decode"))
 def graphs(runner, request):
-    buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device)
-    return PrefillGraphs(runner.model, buffers, max_fused_rows=request.param)
+    fused_rows, few = request.param
+    buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device, dependent=True, few=few)
+    return PrefillGraphs(runner.model, buffers, max_fused_rows=fused_rows)
 
 
 def error(logits, expected):

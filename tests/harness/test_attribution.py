@@ -162,6 +162,18 @@ def test_what_has_no_kernel_joins_the_matrix_product_beside_it() -> None:
     assert layer_ops([GEMM] * 4)[0] == "input_norm+qkv_proj+qk_norm+rope+kv_write+attention"
 
 
+def test_products_of_prefill_do_what_comes_after_them() -> None:
+    """Whatever else runs for attention: a kernel before it is attention's too."""
+    qkv, gate_up = "prefill_qkv_rope_kernel", "prefill_gate_up_kernel"
+    assert layer_ops([NORM, qkv, "_kernel", FLASH, GEMM, NORM, gate_up, GEMM]) == [
+        "input_norm", "qkv_proj+qk_norm+rope+kv_write", "attention", "attention", "o_proj", "post_norm",
+        "gate_up_proj+silu_mul", "down_proj",
+    ]  # fmt: skip
+    assert layer_ops([NORM, qkv, FLASH, GEMM, NORM, GEMM, SILU, GEMM], False)[1:3] == [
+        "qkv_proj+rope+kv_write", "attention",
+    ]  # fmt: skip
+
+
 EMBED_ROWS, LINEAR, ATTEND = "embed_rows_kernel", "decode_linear_vector_kernel", "decode_attention_kernel"
 TILED, SILU, ADD = "decode_linear_tiled_kernel", "silu_mul_kernel", "at::native::elementwise<CUDAFunctor_add<BFloat16>>"
 ATTENDED = "qk_norm+rope+kv_write+attention"
@@ -204,6 +216,10 @@ DECODE_ENDS = {
     "one kernel": (
         ["decode_head_kernel", "choose_token_kernel"],
         ["-1 head final_norm+lm_head", "-1 sample sample"],
+    ),
+    "a product, then its sums": (
+        [LINEAR, "tile_stats_kernel", "choose_token_kernel"],
+        ["-1 head final_norm+lm_head", "-1 sample sample", "-1 sample sample"],
     ),
     "cuBLAS": (
         [NORM, GEMM, "tile_stats_kernel", "choose_token_kernel"],

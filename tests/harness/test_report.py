@@ -262,7 +262,7 @@ def test_ratios_need_the_same_machine_and_a_verified_peer(tmp_path: Path) -> Non
 
 
 def test_energy_is_told_per_token(tmp_path: Path) -> None:
-    spent = {"status": "ok", "j_per_token": 0.0025, "prompts_share": 0.25}
+    spent = {"status": "ok", "j_per_token": 0.0025, "subtracted_share": 0.25}
     failed = {"status": "the counter does not move"}
     shapes = [
         {**SHAPE, "timed": timed(100.0), "energy": spent}, {**SHAPE, "batch_size": 8, "energy": failed},

@@ -18,7 +18,7 @@ import pytest
 
 from engines.base import InputError, RequestResult
 from harness import results
-from harness.results import RunWriter, load, request_row
+from harness.results import RunWriter, load, request_row, write_json
 from harness.schema import SCHEMA_VERSION, TABLES
 from harness.slim import slim
 
@@ -365,3 +365,12 @@ def test_a_whole_folder_of_results_is_refreshed_and_what_was_not_finished_is_nam
     assert json.loads((tmp_path / "h200" / "soak.json").read_text()) == {"passed": True, "log": "log", "gpu": {}}
     left_out = [line.rsplit("/", 1)[1] for line in done.stderr.splitlines() if line.startswith("left out")]
     assert left_out == ["ablation-d", "e"]
+
+
+def test_a_json_file_gets_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "folder" / "made.json"
+    write_json(file, {"a": 1})
+    assert json.loads(file.read_text()) == {"a": 1}
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "none" / "made.json", {"a": float("nan")})
+    assert not (tmp_path / "none").exists()

@@ -72,7 +72,9 @@ def test_attention_by_hand() -> None:
         ("input_norm+qkv_proj", (8 + 8) + (8 + 20)),  # the normalised row stays inside, the sum goes on
         ("qk_norm+rope", (12 + 4) + (12 + 4)),
         ("qk_norm+rope+kv_write", (12 + 4 + 4) + 12),  # keys and values go to the cache only
+        ("qkv_proj+qk_norm+rope+kv_write", 8 + 12),
         ("kv_write+attention", (4 + 4 + 12) + 12),
+        ("gate_up_proj+silu_mul", 8 + 10),
         ("post_norm+gate_up_proj+silu_mul", (8 + 8) + (8 + 10)),
         ("down_proj+input_norm", (10 + 8) + (8 + 8)),  # of the next layer
         ("final_norm+lm_head", (8 + 8) + (8 + 50)),

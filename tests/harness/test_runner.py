@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from engines.base import (
     Capacity,
@@ -35,7 +37,7 @@ from harness.passes import Sample, _joined
 from harness.progress import Reporter
 from harness.results import load
 from harness.runner import RunFailed, run
-from harness.summary import main, print_summary
+from harness.summary import main, print_summary, rounds_table, steps_table
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
 QUICK = ("instrument.max_iterations=10", "instrument.traced_iterations=3", "instrument.max_seconds_per_shape=2")
@@ -425,6 +427,31 @@ def test_out_of_memory() -> None:
     assert out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not out_of_memory(RuntimeError("memory of things past"))
     assert not out_of_memory(ValueError("out of memory"))
+
+
+def cells(table: Table) -> list[list[str]]:
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_a_single_sample_has_no_interval() -> None:
+    shape = {"phase": "decode", "batch_size": 1, "tokens": 16}
+    timed = {"status": "ok", "wall_us": 2000.0, "wall_us_low": 2000.0, "wall_us_high": 2000.0, "mode": "graph"}
+    many = {**timed, "wall_us_low": 1990.0, "samples": 30}
+    shapes = [{**shape, "timed": {**timed, "samples": 1}}, {**shape, "timed": many}]
+    layers = pd.DataFrame(
+        columns=["phase", "batch_size", "new_tokens", "context_len", "source", "mode", "op", "layer_index"]
+    ).assign(latency_us=0.0)
+    once, often = cells(steps_table({"shapes": shapes}, layers, ""))
+    assert once[3:5] == ["2.000", "(once)"]
+    assert often[3:5] == ["2.000", "1.990 - 2.000"]
+
+
+def test_a_call_that_failed_stands_in_the_table() -> None:
+    call = {"phase": "decode", "batch_size": 1, "tokens": 16, "output_len": 8, "metric": "tpot_ms"}
+    value = {"status": "ok", "median": 2.0, "low": 2.0, "high": 2.0, "samples": 1}
+    once, failed = cells(rounds_table([{**call, **value}, {**call, "status": "3 tokens too few came back."}], ""))
+    assert once[5:] == ["2.000", "(once)", "1"]
+    assert failed[5:] == ["-", "3 tokens too few came back.", "0"]
 
 
 def test_summary_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

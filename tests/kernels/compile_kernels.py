@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 import kernels
 from kernels.decode_attention import workspace
 from kernels.decode_linear import Launch, decode_linear_half_norm
+from kernels.prefill_linear import Launch as PrefillLaunch
 
 META = torch.device("meta")
 
@@ -75,6 +76,16 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         prefill_attention(128, 16, 8, 128, torch.bfloat16, norm=True)
         prefill_attention(40, 14, 2, 64, torch.float16, norm=False)
         prefill_attention(9, 4, 4, 20, torch.float32, norm=True)
+        # A prefill's products with their ends: as on any GPU, and as a GPU with descriptors goes from tile to tile.
+        described = capability >= 90
+        for gate_up, qkv in (
+            (None, None),
+            (PrefillLaunch(128, 128, 64, 8, 3), PrefillLaunch(128, 256, 64, 8, 3)),
+            (PrefillLaunch(64, 128, 64, 4, 2, per_sm=0, pieces=2), PrefillLaunch(64, 256, 64, 4, 2, per_sm=0)),
+        )[: 3 if described else 1]:
+            prefill_products(4095, 1024, 3072, 16, 8, 128, torch.bfloat16, gate_up, qkv)
+        prefill_products(300, 100, 33, 14, 2, 64, torch.float16, None, None)
+        prefill_products(300, 896, 4864, 14, 2, 64, torch.float32, None, None)
         # A decode step's products: norm and gate, residual, a norm in halves, and a sum over K in parts.
         for rows in (1, 16, 64, 256):
             decode_linear(rows, 1024, 4096, torch.bfloat16, norm=True)
@@ -144,6 +155,26 @@ def prefill_attention(
         torch.empty(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=META), gamma, gamma,
         torch.empty(4096, head_dim, device=META), numbers, numbers, cache, cache, heads, kv_heads, head_dim, 1e-6, 0.1,
         dependent=True,
+    )  # fmt: skip
+
+
+def prefill_products(
+    rows: int, hidden: int, inter: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype,
+    gate_up: PrefillLaunch | None, qkv: PrefillLaunch | None,
+) -> None:  # fmt: skip
+    """Without q and k norms, and with a bias, where there is no launch."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    x, out = new(rows, hidden), (heads + 2 * kv_heads) * head_dim
+    kernels.prefill_gate_up(x, new(2 * inter, hidden), gate_up)
+    gamma, bias = (new(head_dim), None) if qkv else (None, new(out))
+    cache = new(4, 256, kv_heads, head_dim)
+    numbers = torch.empty(rows, dtype=torch.int32, device=META)
+    kernels.prefill_qkv_rope(
+        x, new(out, hidden), gamma, gamma, torch.empty(4096, head_dim, device=META), numbers, numbers, cache, cache,
+        heads, kv_heads, head_dim, 1e-6, bias, return_kv=bias is None, launch=qkv,
     )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ DEPENDENT = {
 KERNELS = DEPENDENT | {
     "paged_attention.paged_attention_combine_kernel",
     "paged_attention.paged_attention_kernel",
+    "prefill_gate_up.prefill_gate_up_kernel",
+    "prefill_qkv_rope.prefill_qkv_rope_kernel",
     "rms_norm_linear.rms_norm_linear_tiled_kernel",
     "rms_norm_linear.rms_norm_linear_vector_kernel",
     "write_kv.write_kv_kernel",

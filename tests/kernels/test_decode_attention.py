@@ -246,7 +246,6 @@ def test_wrong_arguments(make_case):
         ({"dot": True, "heads": 1}, "for launches without dot"),
         ({"fragments": 1}, "fragments must be 1 or 2, and dot true"),
         ({"dot": True, "fragments": 1, "num_warps": 8}, "16 keys for each of 8 warps, not 64"),
-        ({"dot": True, "ahead": 48}, "ahead must be a power of two or 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Launch(**({"block_n": 64, "splits": 1, "piece": 64, "num_warps": 4, "dot": False} | change))
@@ -255,7 +254,7 @@ def test_wrong_arguments(make_case):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "launch",
-    [replace(SUM, splits=8, heads=1, registers=128), replace(DOT, splits=4, ahead=128), DOT, replace(HELD, splits=4)],
+    [replace(SUM, splits=8, heads=1, registers=128), replace(DOT, splits=4), DOT, replace(HELD, splits=4)],
     ids=["sum8", "dot4", "dot", "held4"],
 )  # fmt: skip
 def test_dependent_launches_of_a_graph(launch, make_case, device, monkeypatch):

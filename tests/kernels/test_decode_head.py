@@ -6,6 +6,7 @@ import torch
 from kernels import FUSIONS, decode_head
 from kernels.choices import none_chosen
 from kernels.decode_head import Launch, default_launch
+from kernels.decode_linear import Launch as Product
 from kernels.sample import TILE
 
 EPS = 1e-6
@@ -48,13 +49,19 @@ def test_head(shape, dtype, randn, assert_close):
     assert_statistics(*theirs, temperatures)
 
 
-@pytest.mark.parametrize("launch", [Launch(16, 4, 2), Launch(64, 8, 3, ahead=0), Launch(32, 4, 4, ahead=2)], ids=str)
+LAUNCHES = (
+    Launch(16, 4, 2), Launch(64, 8, 3, ahead=0), Launch(32, 4, 4, ahead=2),
+    Launch(product=Product("vector", 4, 32, 1)), Launch(product=Product("matrix", 8, 128, 4, block_m=8)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 def test_every_launch_computes_the_same(launch, randn, assert_close):
-    x, gamma, weight = randn(2, 96), randn(96), randn(200, 96)
+    x, gamma, weight = (randn(*shape, dtype=torch.bfloat16) for shape in ((2, 96), (96,), (200, 96)))
     temperatures = torch.tensor([0.7, 0.0], device=x.device)
-    ours = decode_head(x, gamma, weight, EPS, temperatures, launch=launch)
-    for out, theirs in zip(ours, FUSIONS["decode_head"].reference(x, gamma, weight, EPS, temperatures), strict=True):
-        assert_close(out, theirs)
+    logits, *sums = decode_head(x, gamma, weight, EPS, temperatures, launch=launch)
+    assert_close(logits, FUSIONS["decode_head"].reference(x, gamma, weight, EPS, temperatures)[0])
+    assert_statistics(logits, *sums, temperatures)
 
 
 def test_float16_does_not_overflow(randn, assert_close):

@@ -75,5 +75,7 @@ def test_saved_bytes():
     heads = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128, "element_bytes": 2}
     assert saved["qk_norm_rope_cache"](tokens=1, **heads) == 2 * (24 + 8) * 256
     assert saved["qk_norm_rope_cache"](tokens=1, norm=False, **heads) == 2 * 8 * 256
+    assert saved["prefill_gate_up"](rows=5, inter=3072, element_bytes=2) == 5 * 4 * 6144
+    assert saved["prefill_qkv_rope"](rows=1, **heads) == 2 * 32 * 256 + 2 * (24 + 8) * 256
     assert saved["paged_attention"](queries=1, context=100, **heads) == 4 * 100 * 16 * 2 + 4 * 100 * 8 * 256
     assert all(fusion.function.__name__ == name for name, fusion in kernels.FUSIONS.items())

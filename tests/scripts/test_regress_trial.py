@@ -1,5 +1,6 @@
 """The trial of harness.regress: its turns, its slow engine, and its counts."""
 
+import io
 import json
 import math
 import sys
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from engines.base import Request, SamplingParams
-from engines.nano import LLM
+from engines.base import InputError, Request, SamplingParams
+from engines.fused import LLM as Fused
+from engines.nano import LLM as Nano
 from harness.regress.sides import Key
 from harness.regress.thresholds import PRESETS, Thresholds
 from harness.regress.verdicts import Verdict
+from harness.results import load
 from scripts import regress_trial, slow_engine
 from scripts.regress_trial import NORMAL, SAME_SAME, SAME_SLOW, SLOW, Launches, delays_us, order, verdicts_of
 from scripts.tables import trial
@@ -46,7 +50,14 @@ def test_delays_are_shares_of_the_first_launchs_steps(tmp_path) -> None:
     assert delays_us(tmp_path, 0.03) == [[32, 60.0], [512, 540.0]]
 
 
-def test_the_slow_engine_waits_in_steps_of_its_rows_and_draws_the_same_tokens(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "slow_class, plain_class, options",
+    [(slow_engine.Nano, Nano, {}), (slow_engine.Fused, Fused, {"features": ["-device_loop"]})],
+    ids=["nano", "fused"],
+)
+def test_the_slow_engine_waits_in_steps_of_its_rows_and_draws_the_same_tokens(
+    monkeypatch, slow_class, plain_class, options
+) -> None:
     class Clock:
         looked = 0
 
@@ -55,10 +66,11 @@ def test_the_slow_engine_waits_in_steps_of_its_rows_and_draws_the_same_tokens(mo
             return self.looked * 1e-3
 
     clock = Clock()
-    slow = slow_engine.LLM(reference.config(options={"delays_us": [[2, 9500.0]]}))  # ten looks at a clock of 1 ms
+    # Ten looks at a clock of 1 ms.
+    slow = slow_class(reference.config(options={**options, "delays_us": [[2, 9500.0]]}))
     monkeypatch.setattr(slow_engine, "time", clock)
     looks, tokens = [], {}
-    for engine in (slow, LLM(reference.config())):
+    for engine in (slow, plain_class(reference.config(options=options))):
         for name in "ab":
             engine.add(Request(name, (5, 6, 7), SamplingParams(temperature=0.0, max_tokens=3 + (name == "b"))))
         drawn_of: dict[str, list[int]] = {}
@@ -75,6 +87,59 @@ def test_the_slow_engine_waits_in_steps_of_its_rows_and_draws_the_same_tokens(mo
     assert looks == [("prefill", 2, 0), ("decode", 2, 11), ("decode", 2, 11), ("decode", 1, 0)]
     first, second = tokens.values()
     assert first == second
+
+
+def test_captured_steps_all_get_a_kernel_and_only_those_of_the_rows_one_that_spins(monkeypatch) -> None:
+    """So what plain and slow launches differ by is the delay, and not a launch more."""
+    spun: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_sleep", spun.append)
+    monkeypatch.setattr(slow_engine, "_cycles_per_us", lambda: 2000.0)
+    layers = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(5)))
+    for delays in ((), ((32, 45.5),)):
+        hooked = layers.requires_grad_(False)
+        slow_engine.plant(hooked, torch.device("cuda"), delays)
+        for rows in (1, 32):
+            hooked(torch.zeros(rows, 4))
+        layers[2]._forward_pre_hooks.clear()
+        assert [bool(layer._forward_pre_hooks) for layer in layers] == [False] * 5  # the middle one had it, no other
+    assert spun == [0, 0, 0, 91_000]
+
+
+class Here:
+    """A launch in this process: importing everything takes most of a launch of the tiny model."""
+
+    returncode = 0
+
+    def __init__(self) -> None:
+        self.stdin = io.StringIO()
+
+    def communicate(self) -> tuple[str, None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(self.stdin.getvalue()))
+            exec(regress_trial.LAUNCH, {})
+        return "", None
+
+
+@pytest.mark.parametrize("engine", regress_trial.ENGINES)
+def test_a_trial_on_the_tiny_model(tmp_path, monkeypatch, engine) -> None:
+    file = tmp_path / "trial.json"
+    work = ("--launches", "6", "--seconds", "0.05", "--slowdown", "2", "--engine", engine, "--json", str(file))
+    tiny = ("model=tiny", "device=cpu", "instrument.min_iterations=5", "workload.cpu_decode=[[2,16]]")
+    monkeypatch.setattr(sys, "argv", ["trial", str(tmp_path), *work, "--", *tiny, "workload.cpu_prefill=[]"])
+    monkeypatch.setattr(regress_trial, "_process", Here)
+    assert regress_trial.main() == 0
+    made = json.loads(file.read_text())
+    assert (made["engine"], made["launches"], made["launches_a_side"]) == (engine, {NORMAL: 6, SLOW: 3}, 3)
+    (row,) = made["rows"]
+    assert row["slower_by"] > 1  # three times as long as the first launch, on a machine that others use too
+    runs = {side: load(tmp_path / side).runs for side in (NORMAL, SLOW)}
+    said = {side: [run["verification"]["status"] for run in of] for side, of in runs.items()}
+    assert said == {NORMAL: ["passed"] + ["skipped"] * 5, SLOW: ["passed"] + ["skipped"] * 2}
+    (tmp_path / NORMAL / "00").rename(tmp_path / "gone")  # the only one of its side that was verified
+    (tmp_path / NORMAL / "01").rename(tmp_path / NORMAL / "00")
+    with pytest.raises(InputError, match="not verified"):
+        regress_trial.read_launches(tmp_path)
 
 
 def test_what_is_the_same_is_called_so_and_what_is_slow_is_found() -> None:
@@ -112,7 +177,8 @@ def test_the_command_judges_what_is_there_and_the_table_shows_it(tmp_path, monke
     for side, factor in ((NORMAL, 1.0), (SLOW, 1.04)):
         for launch in range(6):
             times = 1000 * (1 + 0.001 * launch) * np.ones(9)
-            write(tmp_path / side / f"{launch:02}", {PLAIN: factor * times, OTHER: times})
+            unverified = {} if launch == 0 else {"verification": {"status": "skipped"}}
+            write(tmp_path / side / f"{launch:02}", {PLAIN: factor * times, OTHER: times}, **unverified)
     file = tmp_path / "out" / "trial.json"
     monkeypatch.setattr(
         sys, "argv", ["trial", str(tmp_path), "--launches", "6", "--slowdown", "0.04", "--json", str(file)]
@@ -130,7 +196,15 @@ def test_the_command_judges_what_is_there_and_the_table_shows_it(tmp_path, monke
     assert "something SLOWER in 20 of 20" in capsys.readouterr().out
     shown = trial.regress_trial(str(file))
     assert "| decode, batch 1, 128 tokens, step ms | plain with slow | 0.19% | 4.00% | 20 | 0 | 0 | 0 |" in shown
+    assert "6 plain launches of nano and 6 with" in shown
     assert trial.regress_trial("nothing.json").startswith("Not measured yet")
+
+
+def test_the_power_table_finds_more_with_more_launches_and_less_noise() -> None:
+    rng = np.random.default_rng(3)
+    assert trial.found(0.003, 6, 0.03, rng) == trial.DRAWN
+    assert trial.found(0.015, 3, 0.03, rng) < trial.DRAWN / 2
+    assert trial.found(0.003, 6, 0.0, rng) == 0
 
 
 def test_too_few_launches_are_refused(tmp_path, monkeypatch, capsys) -> None:

@@ -126,7 +126,7 @@ def test_arrivals_stand_by_rate_and_energy_by_step(tmp_path: Path) -> None:
               "e2el_ms_p99": 6.0}  # fmt: skip
     config = {"workload": {"slo": {"ttft_ms": 200, "tpot_ms": None}, "arrivals": "poisson"}}
     shape = {"phase": "decode", "batch_size": 8, "tokens": 128}
-    spent = {"status": "ok", "j_per_token": 0.0125, "prompts_share": 0.25, "idle_w": 70.4}
+    spent = {"status": "ok", "j_per_token": 0.0125, "subtracted_share": 0.25, "idle_w": 70.4}
     for engine in ("fused", "nano"):
         rates = [served | {"rate": 20.0 * (1 + (engine == "nano"))}]
         energy = {"status": "The counter does not move."} if engine == "nano" else spent
