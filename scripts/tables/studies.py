@@ -187,12 +187,17 @@ def energy(folder: str = REFERENCE) -> str:
             key = (shape["phase"], shape["batch_size"], shape["tokens"])
             cells.setdefault(key, {})[name] = _joules(shape.get("energy", {}))
     rows = [[_shape(*key), *(of.get(name, "–") for name in labels(found, machine))] for key, of in cells.items()]
-    idle = sorted({f"{shape['energy']['idle_w']:.0f}" for run in found for shape in run["shapes"]
-                   if "idle_w" in shape.get("energy", {})})  # fmt: skip
+    idle = sorted(
+        round(spent["idle_w"])
+        for run in found
+        for shape in run["shapes"]
+        if "idle_w" in (spent := shape.get("energy", {}))
+    )
+    watts = " to ".join(map(str, dict.fromkeys([*idle[:1], *idle[-1:]]))) or "?"
     source = (
         f"One {machine(found[0])}, {found[0]['model']}, {found[0]['dtype']}: mJ per token of the whole GPU over a loop "
-        f"of steps, less the {' to '.join(idle[:: max(1, len(idle) - 1)]) or '?'} W that it takes idle. Of decode in "
-        f"brackets: the share of the loop's energy that its prompts took and that is subtracted. Runs: `{folder}`."
+        f"of steps, less the {watts} W that it takes idle. Of decode in brackets: the share of the loop's energy that "
+        f"its prompts and first steps took and that is subtracted. Runs: `{folder}`."
     )
     return "\n\n".join([markdown(["step", *labels(found, machine)], rows), source])
 
@@ -200,7 +205,7 @@ def energy(folder: str = REFERENCE) -> str:
 def _joules(record: Mapping[str, Any]) -> str:
     if "j_per_token" not in record:
         return str(record.get("status", "–"))
-    share = f" ({record['prompts_share']:.0%})" if record.get("prompts_share") else ""
+    share = f" ({record['subtracted_share']:.0%})" if record.get("subtracted_share") else ""
     return f"{1e3 * record['j_per_token']:,.2f}{share}"
 
 

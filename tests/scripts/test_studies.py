@@ -126,11 +126,12 @@ def test_arrivals_stand_by_rate_and_energy_by_step(tmp_path: Path) -> None:
               "e2el_ms_p99": 6.0}  # fmt: skip
     config = {"workload": {"slo": {"ttft_ms": 200, "tpot_ms": None}, "arrivals": "poisson"}}
     shape = {"phase": "decode", "batch_size": 8, "tokens": 128}
-    spent = {"status": "ok", "j_per_token": 0.0125, "prompts_share": 0.25, "idle_w": 70.4}
+    spent = {"status": "ok", "j_per_token": 0.0125, "subtracted_share": 0.25, "idle_w": 70.4}
     for engine in ("fused", "nano"):
         rates = [served | {"rate": 20.0 * (1 + (engine == "nano"))}]
         energy = {"status": "The counter does not move."} if engine == "nano" else spent
-        write(tmp_path / engine, record(engine, serving=rates, config=config, shapes=[shape | {"energy": energy}]))
+        shapes = [shape | {"energy": energy}, shape | {"tokens": 256, "energy": energy | {"idle_w": 104.6}}]
+        write(tmp_path / engine, record(engine, serving=rates, config=config, shapes=shapes))
     table = studies.serving(str(tmp_path))
     row = "1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 6.0 | 1,234 | 50% | grows |"
     assert table.index(f"| 20 | fused | {row}") < table.index(f"| 40 | nano | {row}")
@@ -138,4 +139,4 @@ def test_arrivals_stand_by_rate_and_energy_by_step(tmp_path: Path) -> None:
     assert "| decode, batch 8, context 128 | 12.50 (25%) | The counter does not move. |" in studies.energy(
         str(tmp_path)
     )
-    assert "less the 70 W" in studies.energy(str(tmp_path))
+    assert "less the 70 to 105 W" in studies.energy(str(tmp_path))
