@@ -59,21 +59,25 @@ def throughput_row(throughput: list[dict[str, Any]]) -> list[str]:
     return [what, *(cells.get(engine, "") for engine in ENGINES)]
 
 
-@table("step-change")
-def step_change(after: str, before: str = REFERENCE, engine: str = "fused") -> str:
-    """Step times of one engine in two latency runs on GPUs of one kind, of which the second holds a change."""
-    old, new = (run_of(runs(folder), engine) for folder in (before, after))
-    old_us, new_us = _medians(old), _medians(new)
+@table("step-history")
+def step_history(folders: str, engine: str = "fused") -> str:
+    """Step times of one engine in latency runs on GPUs of one kind: of each of `folders` (joined by commas), oldest
+    first, the last one's over the first one's beside them."""
+    found = [run_of(runs(folder), engine) for folder in folders.split(",")]
+    times = [_medians(run) for run in found]
     rows = [
-        [what, f"{old_us[what] / 1e3:.3f}", f"{us / 1e3:.3f}", f"{us / old_us[what]:.2f}×"]
-        for what, us in new_us.items()
-        if what in old_us
+        [what, *(f"{one[what] / 1e3:.3f}" for one in times), f"{times[-1][what] / times[0][what]:.2f}×"]
+        for what in times[-1]
+        if all(what in one for one in times)
     ]
+    days = [run["started"][:10] for run in found]
+    named = ", ".join(f"{day} `{folder}`" for day, folder in zip(days, folders.split(","), strict=True))
+    last = found[-1]
     source = (
-        f"{engine}, {new['model']}, {new['dtype']}, one {new['provenance']['gpu']['name']} for each run: ms per step, "
-        f"medians, not interleaved. Before: `{before}`, {old['started'][:10]}; after: `{after}`, {new['started'][:10]}."
+        f"{engine}, {last['model']}, {last['dtype']}, one {last['provenance']['gpu']['name']} for each run: ms per "
+        f"step, medians, not interleaved. Runs: {named}."
     )
-    return "\n\n".join([markdown(["step", "before", "after", "after / before"], rows), source])
+    return "\n\n".join([markdown(["step", *days, "last / first"], rows), source])
 
 
 def _medians(run: dict[str, Any]) -> dict[str, float]:

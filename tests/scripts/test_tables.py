@@ -300,7 +300,8 @@ def test_where_kernels_were_recorded_tables_read_them_and_no_events(tmp_path: Pa
 
 
 def test_a_change_of_steps_by_hand(tmp_path: Path) -> None:
-    for name, us in (("old", (2000.0, 1000.0)), ("new", (1500.0, 1100.0))):
+    times = {"first": (2000.0, 1000.0), "second": (1500.0, 1100.0), "third": (1000.0, 1200.0)}
+    for name, us in times.items():
         shapes = [
             {"phase": "decode", "batch_size": 4, "tokens": 16 * (i + 1), "timed": {"status": "ok", "wall_us": time_us}}
             for i, time_us in enumerate(us)
@@ -310,8 +311,12 @@ def test_a_change_of_steps_by_hand(tmp_path: Path) -> None:
         write(
             tmp_path / name, made_up_run(shapes=shapes, started=f"2030-01-0{len(name)}T00:00:00", provenance=provenance)
         )
-    made = engines.step_change(str(tmp_path / "new"), before=str(tmp_path / "old"), engine="nano")
-    assert cells(made) == [["decode 4 × 16", "2.000", "1.500", "0.75×"], ["decode 4 × 32", "1.000", "1.100", "1.10×"]]
+    made = engines.step_history(f"{tmp_path / 'first'},{tmp_path / 'second'},{tmp_path / 'third'}", engine="nano")
+    assert "| step | 2030-01-05 | 2030-01-06 |" in made
+    assert cells(made) == [
+        ["decode 4 × 16", "2.000", "1.500", "1.000", "0.50×"],
+        ["decode 4 × 32", "1.000", "1.100", "1.200", "1.20×"],
+    ]
 
 
 def test_step_costs_by_hand(tmp_path: Path) -> None:
