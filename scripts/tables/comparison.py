@@ -12,7 +12,7 @@ from harness.compare.table import Cell, Row
 from scripts.tables.registry import markdown, table
 from scripts.tables.sources import REFERENCE, ROOT, run_of_folder
 
-COMPARISON = f"{REFERENCE}/compare-qwen3-0.6b-full-nano_vllm-nano-fused-vllm"
+COMPARISON = f"{REFERENCE}/compare-qwen3-0.6b-full-nano-fused-vllm"
 
 
 VLLM = "vllm"
