@@ -56,12 +56,14 @@ PARTS = {
     "rest": Part("rest, mostly waiting", "", 0.85),
 }
 
+FONTS = ["DejaVu Sans", "Verdana", "Arial"]
+"""The first is what sizes are computed with; an SVG names all of them in each of its texts, so they are few."""
 RC: dict[Any, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
     "hatch.color": HATCH, "hatch.linewidth": 0.5, "figure.facecolor": "none", "axes.facecolor": "none",
     "savefig.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
-    "axes.titlelocation": "left", "font.size": 9, "axes.grid": False, "grid.color": INK, "grid.alpha": 0.15,
-    "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8.5, "svg.fonttype": "none",
+    "axes.titlelocation": "left", "font.size": 9, "font.sans-serif": FONTS, "axes.grid": False, "grid.color": INK,
+    "grid.alpha": 0.15, "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 8.5, "svg.fonttype": "none",
     "svg.hashsalt": "report", "figure.constrained_layout.use": True, "axes.axisbelow": True,
 }  # fmt: skip
 

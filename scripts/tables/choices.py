@@ -1,4 +1,4 @@
-"""What `python -m kernels.tune` measured and chose for a GPU."""
+"""What the tuners measured and chose for a GPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ QWEN3_06B = {
     "hidden": 1024, "wide": 2048, "qkv": 4096, "inter": 3072, "vocab": 151936, "heads": 16, "kv_heads": 8, "dim": 128,
 }  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PREFILL_OPS = {
+    "gate_up_proj+silu_mul": ("prefill_gate_up", "6144x1024", "`silu_mul`"),
+    "qkv_proj+qk_norm+rope+kv_write": ("prefill_qkv_rope", "4096x1024", "`qk_norm_rope_cache`"),
+}
+"""By what is fused: the kernel, W's shape in Qwen3-0.6B, and what runs behind cuBLAS otherwise."""
+PREFILL_ROWS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 @table("decode-choices")
@@ -48,3 +54,35 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
         f"of 128 to 256 tokens. File: `{file}`, written by `python -m kernels.tune`."
     )
     return "\n\n".join([markdown(["op", "rows", "ours", "library", "used"], rows, left=1), source])
+
+
+@table("prefill-choices")
+def prefill_choices(gpu: str = "nvidia-h200") -> str:
+    """Time of prefill's fused products of Qwen3-0.6B at their chosen launch, beside cuBLAS with what runs behind it."""
+    file = f"kernels/choices/{gpu}.json"
+    measured = json.loads((ROOT / file).read_text())
+    rows = []
+    for op, (kernel, shape, behind) in PREFILL_OPS.items():
+        out, k = map(int, shape.split("x"))
+        for count in PREFILL_ROWS:
+            entry = measured["choices"].get(kernel, {}).get(f"{shape} rows {count}")
+            if entry is None:
+                continue
+            library = entry["cublas_us"]
+            if "launch" not in entry:
+                rows.append([op, f"{count:,}", "", f"**{library:.1f}**", "", "", f"cuBLAS, {behind}"])
+                continue
+            ours, launch = entry["us"], entry["launch"]
+            tile = f"{launch['block_m']} × {launch['block_n']}, {launch['num_warps']} warps"
+            rate = 2 * count * out * k / ours / 1e6
+            rows.append(
+                [op, f"{count:,}", f"**{ours:.1f}**", f"{library:.1f}", f"{ours / library:.2f}×", f"{rate:.0f}", tile]
+            )
+    source = (
+        "µs per call in a captured graph over the matrices of 28 layers, each right after the other, "
+        f"{measured['facts']['gpu']}; a choice serves all steps of up to so many rows and of more than half as many. "
+        f"The library is cuBLAS with the kernel behind it. File: `{file}`, written by "
+        "`python -m kernels._tune_prefill --write`."
+    )
+    heads = ["op", "rows", "ours", "library", "ours / library", "TFLOP/s", "tile"]
+    return "\n\n".join([markdown(heads, rows, left=1), source])

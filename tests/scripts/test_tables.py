@@ -643,3 +643,24 @@ def test_decode_choices_say_which_way_runs() -> None:
     many = measured["decode_linear"]["4096x1024 rows 256"]
     assert many["path"] == "cublas" and many["cublas_us"] < many["us"]
     assert rows["input_norm+qkv_proj", "256"] == [f"{many['us']:.1f}", f"**{many['cublas_us']:.1f}**", "library"]
+
+
+def test_prefill_choices_say_which_way_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = {"block_m": 128, "block_n": 64, "num_warps": 8}
+    made = {
+        "facts": {"gpu": "Toy"},
+        "choices": {
+            "prefill_gate_up": {
+                "6144x1024 rows 1024": {"launch": launch, "us": 20.0, "cublas_us": 25.0},
+                "6144x1024 rows 2048": {"path": "cublas", "cublas_us": 40.0},
+            }
+        },
+    }
+    (tmp_path / "kernels" / "choices").mkdir(parents=True)
+    (tmp_path / "kernels" / "choices" / "toy.json").write_text(json.dumps(made))
+    monkeypatch.setattr(choices, "ROOT", tmp_path)
+    # 2 * 1024 * 6144 * 1024 operations in 20 µs are 644.2 TFLOP/s.
+    assert cells(choices.prefill_choices("toy")) == [
+        ["gate_up_proj+silu_mul", "1,024", "**20.0**", "25.0", "0.80×", "644", "128 × 64, 8 warps"],
+        ["gate_up_proj+silu_mul", "2,048", "", "**40.0**", "", "", "cuBLAS, `silu_mul`"],
+    ]
