@@ -21,6 +21,7 @@ from scripts.tables import (
     comparison,
     costs,
     engines,
+    goals,
     pairs,
     traces,
     verification,
@@ -589,6 +590,36 @@ def test_a_comparison_tells_limits_by_the_caches_that_they_gave(tmp_path: Path) 
     made = comparison.comparison(str(folder))
     assert made.splitlines()[0] == "| small | nano | fused |"
     assert "Tokens in the cache: nano 12,345, fused 678." in made
+
+
+def test_goals_by_hand(tmp_path: Path) -> None:
+    serve = {"metric": "output_tok_s", "phase": "serve", "batch_size": 256, "tokens": 0, "output_len": 0}
+    decode = {  # TPOT in ms of two rounds: fused is 4 and 4, then 2 and 4 times as fast as its faster rival
+        "nano": [(2.2, 2.2), (2.4, 4.8)], "vllm:serve_arm=inproc": [(1.6, 2.4), (9.0, 9.0)],
+        "vllm": [(9.0, 9.0), (9.0, 9.0)], "fused": [(0.4, 0.6), (1.2, 1.2)],
+    }  # fmt: skip
+    rates = {"nano": 20_000, "vllm:serve_arm=inproc": 24_000, "vllm": 1, "fused": 30_000}
+    blocks_of = {
+        label: [_block(label, n, first[n]) for n in range(2)]
+        + [_block(label, n, second[n], batch_size=32, started_s=10.0 + n) for n in range(2)]
+        + [_block(label, n, 0.1, batch_size=3, started_s=20.0 + n) for n in range(2)]  # nobody set a goal for it
+        + [_block(label, 0, rates[label], **serve, started_s=30.0)]
+        for label, (first, second) in decode.items()
+    }
+    made = goals.goals(_compared(tmp_path / "all", blocks_of))
+    assert cells(made) == [
+        ["decode, batch 8, prompt 128, TPOT ms", "0.60", "0.50 (-17 %)", "met",
+         "3.0", "4.00 (4.00 to 4.00)", "vllm, inproc", "met"],
+        # logarithms ln 2 and ln 4: their mean is that of √8, half an interval 12.706 × 0.3466 = ln 81.75
+        ["decode, batch 32, prompt 128, TPOT ms", "0.80", "1.20 (+50 %)", "missed",
+         "2.8", "2.83 (0.03 to 231.22)", "nano", "open"],
+        ["256 requests, output tok/s", "30,000", "30,000 (+0 %)", "met", "1.4", "no interval", "vllm, inproc", "open"],
+    ]  # fmt: skip
+    assert "interval within these processes;" in made
+    slow = {"nano": [_block("nano", n, 1.0) for n in range(2)], "fused": [_block("fused", n, 0.5) for n in range(2)]}
+    assert cells(goals.goals(_compared(tmp_path / "slow", slow)))[0][5:] == ["2.00 (2.00 to 2.00)", "nano", "missed"]
+    with pytest.raises(InputError, match="no item that a goal"):
+        goals.goals(_compared(tmp_path / "none", {"nano": slow["nano"]}, engines=["nano", "fused"]))
 
 
 def test_memory_that_batches_need() -> None:
