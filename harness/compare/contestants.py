@@ -43,6 +43,17 @@ def folder_name(label: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", label)
 
 
+def short_names(labels: Sequence[str]) -> dict[str, str]:
+    """A name to show for each label: as much of it, option by option, as begins no other label."""
+    found = {}
+    for label in labels:
+        others = [other.split(":") for other in labels if other != label]
+        parts = label.split(":")
+        shown = next((n for n in range(1, len(parts)) if all(o[:n] != parts[:n] for o in others)), len(parts))
+        found[label] = ":".join(parts[:shown])
+    return found
+
+
 def contestants(labels: Sequence[str], overrides: Sequence[str]) -> list[Contestant]:
     """The contestants of `labels` ("ENGINE" or "ENGINE:option=value:limits.name=value..."), all with `overrides`.
 

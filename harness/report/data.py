@@ -12,6 +12,7 @@ import pandas as pd
 
 from engines.base import InputError
 from harness.compare.comparison import read as read_comparison
+from harness.compare.contestants import short_names
 from harness.compare.table import Row
 from harness.report.labels import labels
 from harness.results import COMPARISON_FILE, Runs, load
@@ -138,6 +139,11 @@ class Comparison:
         return list(self.record["settings"]["engines"])
 
     @property
+    def names(self) -> dict[str, str]:
+        """What to show for each label."""
+        return short_names(self.engines)
+
+    @property
     def baseline(self) -> str:
         return str(self.record["settings"]["baseline"])
 
@@ -156,7 +162,7 @@ class Comparison:
 
     def __str__(self) -> str:
         workload = self.record["settings"].get("workload", {}).get("name", UNKNOWN)
-        return f"{self.model}, {workload}: {', '.join(self.engines)} taking turns"
+        return f"{self.model}, {workload}: {', '.join(self.names.values())} taking turns"
 
     @property
     def slug(self) -> str:

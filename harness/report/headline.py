@@ -150,7 +150,7 @@ def _comparison_table(comparison: Comparison) -> str:
     rows: list[list[html.Cell]] = []
     for row in comparison.rows:
         rows.append([row.name, *(tuple(_cell(row, row.cells[label])) for label in alive)])
-    return html.table(["", *alive], rows, "headline")
+    return html.table(["", *(comparison.names[label] for label in alive)], rows, "headline")
 
 
 def _cell(row: Row, cell: Cell) -> Iterator[str]:

@@ -89,7 +89,7 @@ def comparison_panels(comparison: Comparison) -> list[Panel]:
                 if row.phase == "decode" and row.tokens == tokens and (cell := row.cells[label]).spread is not None
             }
             if points:
-                curves.append(Curve(label, *variants[label], points))
+                curves.append(Curve(comparison.names[label], *variants[label], points))
         panel = Panel(f"decode, prompt {tokens}", "batch", curves, "ms per token")
         if len(panel.xs) > 1:
             found.append(panel)

@@ -23,7 +23,7 @@ from engines.base import InputError
 from harness.compare import comparison as comparison_module
 from harness.compare.__main__ import parse
 from harness.compare.comparison import Comparison, read
-from harness.compare.contestants import Contestant, contestants, folder_name
+from harness.compare.contestants import Contestant, contestants, folder_name, short_names
 from harness.compare.ratios import paired_ratio
 from harness.compare.table import print_table, rows
 from harness.compare.worker import Answer, Order, Worker
@@ -93,6 +93,15 @@ def test_what_is_no_pairs_is_refused(pair) -> None:
 
 
 # --- the command line ---
+
+
+def test_short_names_are_what_tells_contestants_apart() -> None:
+    labels = ["nano:limits.a=1", "fused", "fused:features=[]", "vllm:arm=x:limits.a=1", "vllm:arm=y:limits.a=1"]
+    assert list(short_names(labels).values()) == ["nano", "fused", "fused:features=[]", "vllm:arm=x", "vllm:arm=y"]
+    assert short_names(["vllm:arm=x:limits.a=1", "vllm:arm=x"]) == {
+        "vllm:arm=x:limits.a=1": "vllm:arm=x:limits.a=1", "vllm:arm=x": "vllm:arm=x"
+    }  # fmt: skip
+    assert short_names(["nano", "nano_vllm"]) == {"nano": "nano", "nano_vllm": "nano_vllm"}
 
 
 def test_contestants_share_everything_but_their_own_options() -> None:
