@@ -63,9 +63,14 @@ def lines(runs: Runs, run: Mapping[str, Any], ceilings: Ceilings) -> list[ShapeL
         raise InputError("A run on several GPUs cannot be compared with the ceilings of one.")
     shapes = Shapes.of(run["config"]["model"], ELEMENT_BYTES[run["dtype"]])
     layers = runs.layers[runs.layers["run_id"] == run["run_id"]]
+    features = run.get("notes", {}).get("features", ())
     found = []
     for shape in run.get("shapes", []):
-        here = list(_lines(shapes, shape, layers, ceilings, "residual" in run.get("notes", {}).get("features", ())))
+        whole = layers
+        if shape["phase"] == "prefill" and "last_rows" in features:
+            # It goes on with the rows that are drawn from, and its times are not those of all tokens.
+            whole = layers[layers["layer_index"] != shapes.num_layers - 1]
+        here = list(_lines(shapes, shape, whole, ceilings, "residual" in features))
         if here:
             found.append(ShapeLines(shape["phase"], shape["batch_size"], shape["tokens"], here))
     return found

@@ -220,6 +220,26 @@ def test_lines_of_a_run_by_hand(tmp_path: Path) -> None:
     assert step.cost.weight_bytes > model.num_layers * layer.cost.weight_bytes
 
 
+@pytest.mark.parametrize("features", [[], ["last_rows"]])
+def test_a_last_layer_of_few_rows_is_not_counted_as_one_of_all_tokens(tmp_path: Path, features: list[str]) -> None:
+    model = compose(["model=tiny"]).model
+    layers = [
+        {**row, "phase": "prefill", "new_tokens": 14, "context_len": 0}
+        for layer in range(model.num_layers)
+        for row in rows("cupti", "graph", "o_proj", layer, [10.0 if layer == model.num_layers - 1 else 40.0])
+    ]
+    shape = {"phase": "prefill", "batch_size": 2, "tokens": 7, "timed": {"status": "failed"}}
+    folder = small_run(tmp_path / "run", shapes=[shape], notes={"features": features})
+    writer = RunWriter(tmp_path / "more", "run")
+    writer.add_layers(layers)
+    writer.flush()
+    (tmp_path / "more" / "layers.parquet").replace(folder / "layers.parquet")
+    runs = load(folder)
+    ((line,),) = (shape.lines for shape in lines(runs, runs.runs[0], TOY))
+    mean = (40.0 * (model.num_layers - 1) + 10.0) / model.num_layers
+    assert line.time_us == pytest.approx(40.0 if features else mean)
+
+
 def test_a_run_on_several_gpus_is_refused(tmp_path: Path) -> None:
     config = dataclasses.asdict(compose(["model=tiny", "engine=nano", "+engine.options.tensor_parallel_size=2"]))
     runs = load(small_run(tmp_path / "run", config=config))
@@ -268,16 +288,21 @@ def test_no_committed_time_is_below_its_floor(reference: dict[str, list[ShapeLin
             if (engine, line.op) == ("vllm", "post_norm"):
                 # Of four tensors that a norm with its sum moves, its compiler leaves one to the next norm.
                 most *= 4 / 3
+            if line.op == "embed":
+                # Half of its bytes are written, and may stay in the L2; and a row that is asked for twice is read once.
+                most = 2.0
             assert 0 < line.fraction <= most, (shape, line)
 
 
 def test_what_is_known_of_the_committed_runs(reference: dict[str, list[ShapeLines]]) -> None:
     """Large products and the head run near the ceilings; if bytes or operations were miscounted they would not."""
-    (big,) = (s for s in reference["fused"] if (s.phase, s.batch_size) == ("prefill", 16))
-    for line in big.lines:
-        if line.op in ("o_proj", "gate_up_proj", "down_proj"):
-            assert line.bound == "operations" and 0.8 < line.fraction < 1
-        if line.op == "silu_mul":
-            assert line.bound == "bytes" and 0.8 < line.fraction < 1
+    (big, apart) = (
+        {line.op: line for s in reference[engine] if (s.phase, s.batch_size) == ("prefill", 16) for line in s.lines}
+        for engine in ("fused", "nano")
+    )
+    for op in ("o_proj", "gate_up_proj+silu_mul", "down_proj"):
+        assert big[op].bound == "operations" and 0.8 < big[op].fraction < 1
+    assert apart["silu_mul"].bound == "bytes" and 0.8 < apart["silu_mul"].fraction < 1.05  # 4.4 TB/s are read here
     (one,) = (s for s in reference["fused"] if (s.phase, s.batch_size, s.tokens) == ("decode", 1, 128))
-    assert 0.9 < next(line.fraction for line in one.lines if line.op.endswith("lm_head")) < 1
+    # Its first weights are loaded while the kernel before it still has the time.
+    assert 0.9 < next(line.fraction for line in one.lines if line.op.endswith("lm_head")) < 1.05
