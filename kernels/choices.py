@@ -8,14 +8,15 @@ entry, gets the kernel's own default. `none_chosen()` makes every GPU such a GPU
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Launch = TypeVar("Launch")
 FOLDER = Path(__file__).with_name("choices")
 _ignored = False
 
@@ -37,6 +38,17 @@ def chosen(kernel: str, key: str, device: torch.device) -> dict[str, Any] | None
     if _ignored or device.type != "cuda":
         return None
     return _table(device).get(kernel, {}).get(key)
+
+
+def launch_of(kind: type[Launch], fields: Mapping[str, Any], device: torch.device) -> Launch:
+    """A measured launch. ValueError: it has fields of another version of the kernels."""
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(
+            f"choices/{gpu_slug(device)}.json holds launches of another version of the kernels ({error}): remove it, "
+            "or measure again with python -m kernels.tune."
+        ) from error
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
-from kernels.choices import chosen
+from kernels.choices import chosen, launch_of
 from kernels.paged_attention import LOG2_E
 from kernels.paged_attention import reference as attention_reference
 from kernels.paged_attention import saved_bytes as attention_saved_bytes
@@ -800,7 +800,7 @@ def best_launch(
     choice = chosen("decode_attention", shape_key(rows, heads, kv_heads, head_dim), device)
     if choice is None or element_bytes != 2:
         return default_launch(rows, heads, kv_heads, head_dim, max_context, element_bytes)
-    return Launch(**choice["launch"])
+    return launch_of(Launch, choice["launch"], device)
 
 
 def _check(

@@ -30,7 +30,7 @@ from kernels._dependent import ask_into_l2, can_depend, let_next_start, wait_for
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
-from kernels.choices import chosen
+from kernels.choices import chosen, launch_of
 from kernels.decode_linear import Launch as LinearLaunch
 from kernels.decode_linear import decode_linear
 from kernels.rms_norm_linear import rms_norm
@@ -146,7 +146,9 @@ def best_launch(rows: int, vocab: int, k: int, element_bytes: int, device: torch
     if choice.get("path") == "cublas":
         return None
     product = choice["launch"].get("product")
-    return Launch(product=LinearLaunch(**product)) if product else Launch(**choice["launch"])
+    if product:
+        return Launch(product=launch_of(LinearLaunch, product, device))
+    return launch_of(Launch, choice["launch"], device)
 
 
 def decode_head(

@@ -40,7 +40,7 @@ from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
-from kernels.choices import chosen
+from kernels.choices import chosen, launch_of
 from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values
 from kernels.rms_norm import rms_norm
 from kernels.rms_norm_linear import rms_norm as rms_norm_wide
@@ -429,7 +429,7 @@ def best_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int, de
     choice = chosen("decode_linear", shape_key(rows, out, k, gated), device) if element_bytes == 2 else None
     if choice is None:
         return default_launch(rows, out, k, gated, element_bytes)
-    return None if choice.get("path") == "cublas" else Launch(**choice["launch"])
+    return None if choice.get("path") == "cublas" else launch_of(Launch, choice["launch"], device)
 
 
 def _power_of_two(number: int) -> int:

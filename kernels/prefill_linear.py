@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels._dependent import can_depend
 from kernels._dot import dot
 from kernels._triton import HAVE_TRITON, INTERPRETED, tl, triton
-from kernels.choices import chosen
+from kernels.choices import chosen, launch_of
 
 if HAVE_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -166,4 +166,4 @@ def best_launch(kernel: str, out: int, k: int, rows: int, dtype: torch.dtype, de
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     entry = chosen(kernel, shape_key(out, k, rows), device)
-    return None if entry is None or "launch" not in entry else Launch(**entry["launch"])
+    return None if entry is None or "launch" not in entry else launch_of(Launch, entry["launch"], device)

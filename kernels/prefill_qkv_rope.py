@@ -170,6 +170,8 @@ def _check(
 ) -> None:  # fmt: skip
     check_float("x", x, 2)
     rows, hidden = x.shape
+    if hidden == 0:
+        raise ValueError("x must have at least one column.")
     if not takes(num_heads, num_kv_heads, head_dim):
         raise ValueError(f"head_dim must be a power of two from 16 to 256, not {head_dim}.")
     out = (num_heads + 2 * num_kv_heads) * head_dim

@@ -16,10 +16,11 @@
 #
 # Results go to $RESULTS (results/reference-runs); `python scripts/reference_refresh.py` makes them small enough to
 # commit, and trial's regress-trial.json is so already. Needs vllm, and for compare nano-vLLM, which UPSTREAM=no leaves
-# out. PYTHON names the interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain launches in trial, WEIGHTS the
-# checkpoint (random), SHARE and CACHE_TOKENS what each engine gets of an H200 in compare, TOGETHER how many engines
-# there are at once in ablation and alone (9, each takes up to 13 GB), OPS_MODEL whose shapes ops takes (qwen3-0.6b, or
-# all), MODEL whose weights ablation and alone run (qwen3-0.6b), DRY_RUN=1 only prints the commands. A part that fails does not stop the next one.
+# out. PYTHON names the interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain launches in
+# trial, WEIGHTS the checkpoint (random), SHARE and CACHE_TOKENS what each engine gets of an H200 in compare, TOGETHER
+# how many engines there are at once in ablation and alone (9, each takes up to 13 GB; 2 or more), OPS_MODEL whose
+# shapes ops takes (qwen3-0.6b, or all), MODEL whose weights ablation and alone run (qwen3-0.6b), DRY_RUN=1 only prints
+# the commands. A part that fails does not stop the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -79,7 +80,7 @@ part() {
         --json "$results/regress-trial.json"
       ;;
     *)
-      echo "There is no part $1; the parts are compare, ablation, alone, ops, latency, throughput, grid, trial, all." >&2
+      echo "There is no part $1; there are compare, ablation, alone, ops, latency, throughput, grid, trial, all." >&2
       exit 2
       ;;
   esac

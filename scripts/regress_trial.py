@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def run_launches(
             arguments += [f"verify={json.dumps(number == 0)}", *overrides]
             process = waiting.pop() if waiting else _process()
             assert process.stdin is not None
-            process.stdin.write(json.dumps([arguments, str(folder)]) + "\n")
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended, and will say why
+                process.stdin.write(json.dumps([arguments, str(folder)]) + "\n")
+                process.stdin.flush()
             if ahead and place + 1 < len(missing):
                 waiting.append(_process())
             said, _ = process.communicate()

@@ -13,6 +13,7 @@ It passes if
   choice between two tokens that lie closer than TIE is either's, and the rest of that request is not compared;
 - every block is free in the end, as at the start;
 - memory is flat: while the second half runs, no reading lies above the highest of the first half by more than GROWTH.
+  It is read SAMPLES times in --requests requests, and twice at least.
 
 Exit codes: 0 passed, 1 not, 2 it cannot be done.
 """
@@ -214,7 +215,7 @@ def record(config: EngineConfig, asked: int, seed: int, ran: Outcome, found: Com
     grown = growth(ran.memory)
     provenance = machine.provenance()
     device = provenance["gpu"]["name"] if config.device == "cuda" else provenance["cpu"]["model"]
-    flat = all(grown[name] <= GROWTH[name] for name in grown)
+    flat = bool(grown) and all(grown[name] <= GROWTH[name] for name in grown)
     passed = flat and bool(found.equal_tokens) and not found.differing and ran.free_blocks[0] == ran.free_blocks[1]
     return {
         "passed": passed,

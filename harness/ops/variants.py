@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Variant:
         # launch that suited the first. A whole graph, or an error: beyond its limit the compiler gives up silently.
         limit: Any = torch._dynamo.config
         limit.recompile_limit = max(limit.recompile_limit, MOST_COMPILED)
-        return torch.compile(made, fullgraph=True, dynamic=False)
+        return torch.compile(_alone(made), fullgraph=True, dynamic=False)
 
     def saved_bytes(self, product: Product, rows: int, element_bytes: int) -> int:
         """Bytes of intermediate tensors that are neither written nor read, as the kernel itself says; 0 if unfused."""
@@ -93,6 +94,14 @@ class Variant:
             return apart
         silu_mul = named(self.conf.silu_mul)() if self.conf.silu_mul else _silu_mul
         return lambda x, weight: silu_mul(F.linear(norm(x), weight))
+
+
+def _alone(function: Call) -> Call:
+    """The same function with code of its own: the compiler's limit is for one code, which other products share."""
+    assert isinstance(function, FunctionType)
+    return FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
 
 
 def _silu_mul(y: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
             ours = entry["us"]
             wins = entry.get("path") != "cublas" and (other is None or ours <= other)
             launch = entry.get("launch", {})
-            how = launch.get("kernel", "tensor cores" if launch.get("dot") else "")
+            how = launch.get("product", launch).get("kernel", "tensor cores" if launch.get("dot") else "")
             cells = [f"{ours:.1f}", "" if other is None else f"{other:.1f}"]
             cells[0 if wins else 1] = f"**{cells[0 if wins else 1]}**"
             rows.append([op, str(count), *cells, how if wins else "library"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engines.base import InputError
 from scripts.tables.registry import markdown, table
 from scripts.tables.sources import REFERENCE, run_of, runs
 
@@ -62,8 +63,11 @@ def throughput_row(throughput: list[dict[str, Any]]) -> list[str]:
 @table("step-history")
 def step_history(folders: str, engine: str = "fused") -> str:
     """Step times of one engine in latency runs on GPUs of one kind: of each of `folders` (joined by commas), oldest
-    first, the last one's over the first one's beside them."""
+    first, the last one's over the first one's beside them. InputError: they are of several kinds."""
     found = [run_of(runs(folder), engine) for folder in folders.split(",")]
+    gpus = {run["provenance"]["gpu"]["name"] for run in found}
+    if len(gpus) > 1:
+        raise InputError(f"Steps on different GPUs are no history: {', '.join(sorted(gpus))}.")
     times = [_medians(run) for run in found]
     rows = [
         [what, *(f"{one[what] / 1e3:.3f}" for one in times), f"{times[-1][what] / times[0][what]:.2f}×"]

@@ -40,7 +40,7 @@ def ablation(folder: str = REFERENCE, kind: str = "without") -> str:
     found = [(path, *read(path)) for path in comparisons(ROOT / folder, prefix)]
     if not found:
         return f"Not measured yet (`scripts/reference_checks.sh {part}`)."
-    changes: dict[str, list[str]] = {}
+    changes: dict[str, dict[str, str]] = {}
     references: dict[str, list[str]] = {}
     reasons: list[str] = []
     for _, record, rows in found:
@@ -50,13 +50,13 @@ def ablation(folder: str = REFERENCE, kind: str = "without") -> str:
                 for row in rows:
                     references.setdefault(row.name, []).append(_median(row, row.cells[label]))
             else:
-                changes[feature_of(label)] = [_change(row.cells[label]) for row in rows]
+                changes[feature_of(label)] = {row.name: _change(row.cells[label]) for row in rows}
         reasons += [f"{feature_of(label)} left early: {why}" for label, why in record.get("reasons", {}).items()]
     known = [name for name in FEATURES if name in changes]
     known += [name for name in changes if name not in FEATURES]
     reference = "all features" if kind == "without" else "no features"
     body = [[reference, *(", ".join(values) for values in references.values())]]
-    body += [[f"`{name}`", *changes[name]] for name in known]
+    body += [[f"`{name}`", *(changes[name].get(call, "not measured") for call in references)] for name in known]
     path, record, _ = found[0]
     settings, run = record["settings"], run_of_folder(path, "fused")
     within = " within these processes" * (record["launches"] < MIN_LAUNCHES)

@@ -17,6 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
 from harness.config import compose
 from harness.ops import study as study_module
+from harness.ops import variants
 from harness.ops.__main__ import BAD_INPUT, FAILED, OK, main
 from harness.ops.products import GATE_UP, QKV, Operands, Product, Vectors, expected, products, relative_error
 from harness.ops.settings import Settings, VariantConf, models, op_conf, parse
@@ -120,6 +121,19 @@ def test_what_is_compiled_is_compiled_for_each_number_of_rows() -> None:
             x, weight, _ = data(SMALL, rows)
             assert relative_error(compiled(x, weight), by_transformers(SMALL, x, weight, vectors)) < 1e-5
     assert counters["stats"]["unique_graphs"] == 4
+
+
+def test_products_do_not_share_what_the_compiler_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of several models, whose products are the same code: together they may have more than one alone."""
+    torch.compiler.reset()
+    monkeypatch.setattr(variants, "MOST_COMPILED", 2)
+    variant = Variant("torch_compile", CONF.variants["torch_compile"], CONF, "cpu")
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for product in (SMALL, replace(SMALL, out=48), SMALL_GATED):
+            call = variant.call(product, data(product, 1)[2])
+            for rows in (1, 2):
+                x, weight, vectors = data(product, rows)
+                assert relative_error(call(x, weight), by_transformers(product, x, weight, vectors)) < 1e-5
 
 
 def test_gate_and_up_may_be_products_of_their_own() -> None:

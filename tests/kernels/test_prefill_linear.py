@@ -222,5 +222,9 @@ def test_wrong_arguments(device, randn):
         with pytest.raises(ValueError, match=message):
             case.run(prefill_qkv_rope)
     case = Case(randn, device, 4, 32, 2, 1, 16, torch.float32)
+    case.x, case.weight = randn(4, 0), randn(64, 0)
+    with pytest.raises(ValueError, match="at least one column"):
+        case.run(prefill_qkv_rope)
+    case = Case(randn, device, 4, 32, 2, 1, 16, torch.float32)
     with pytest.raises(ValueError, match="hold no whole heads of 16 of one kind"):
         case.run(prefill_qkv_rope, launch=Launch(16, 32, 16, 4, 2))

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from kernels import choices, decode_linear, tune, use
+from kernels.decode_attention import best_launch as best_attention
+from kernels.decode_head import best_launch as best_head
 from kernels.decode_linear import Launch, best_launch, default_launch, shape_key
+from kernels.prefill_linear import best_launch as best_prefill
 
 OPS = tune.MODELS["qwen3-0.6b"].ops()
 
@@ -78,6 +81,18 @@ def test_choices_come_back(gpu):
     # A later run of one shape keeps the others.
     choices.save(gpu, {"decode_linear": {lost: entry(launch)}}, {"gpu": "Some GPU"})
     assert best_launch(40, 1024, 2048, False, 2, gpu) == best_launch(9, 1024, 2048, False, 2, gpu) == launch
+
+
+@pytest.mark.parametrize(("kernel", "key", "best"), [
+    ("decode_attention", "16/8x128 rows 1", lambda gpu: best_attention(1, 16, 8, 128, 4096, 2, gpu)),
+    ("decode_linear", "8x16 rows 1", lambda gpu: best_launch(1, 8, 16, False, 2, gpu)),
+    ("decode_head", "99x16 rows 1", lambda gpu: best_head(1, 99, 16, 2, gpu)),
+    ("prefill_gate_up", "8x16 rows 1", lambda gpu: best_prefill("prefill_gate_up", 8, 16, 1, torch.bfloat16, gpu)),
+], ids=["attention", "linear", "head", "prefill"])  # fmt: skip
+def test_choices_of_another_version_are_refused_with_the_way_out(gpu, kernel, key, best):
+    choices.save(gpu, {kernel: {key: {"launch": {"gone": 1}}}}, {"gpu": "Some GPU"})
+    with pytest.raises(ValueError, match=r"some-gpu\.json .* measure again"):
+        best(gpu)
 
 
 def test_pairs_are_chosen_together():

@@ -144,6 +144,30 @@ def test_a_trial_on_the_tiny_model(tmp_path, monkeypatch, engine) -> None:
         regress_trial.read_launches(tmp_path)
 
 
+def test_a_launch_that_ends_before_it_is_told_what_to_do_says_why(tmp_path, monkeypatch, capsys) -> None:
+    """As one does that cannot import an engine."""
+
+    class Gone:
+        returncode = 1
+
+        class stdin:
+            @staticmethod
+            def write(_text: str) -> None: ...
+
+            @staticmethod
+            def flush() -> None:
+                raise BrokenPipeError
+
+        @staticmethod
+        def communicate() -> tuple[str, None]:
+            return "ImportError: no such engine", None
+
+    monkeypatch.setattr(regress_trial, "_process", Gone)
+    monkeypatch.setattr(sys, "argv", ["trial", str(tmp_path)])
+    assert regress_trial.main() == 2
+    assert "no such engine" in capsys.readouterr().err
+
+
 def test_what_is_the_same_is_called_so_and_what_is_slow_is_found() -> None:
     rng = np.random.default_rng(1)
     rows = [

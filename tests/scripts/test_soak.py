@@ -133,6 +133,16 @@ def test_a_tie_is_either_tokens(monkeypatch, gap, ties, differing):
     assert (found.equal_tokens, found.ties, found.differing) == (10, ties, differing)
 
 
+def test_memory_that_was_hardly_read_is_not_flat():
+    """One reading has no second half: too few requests came in the time there was."""
+    todo, expected = jobs_and_tokens()
+    config = soak.engine_config("cpu")
+    same = soak.compare(todo, expected, expected, config)
+    for readings, passed in (([], False), ([{"host_bytes": 7}], False), ([{"host_bytes": 7}] * 2, True)):
+        ran = soak.Outcome(expected, 5, 1.0, 0, (9, 9), readings)
+        assert soak.record(config, 10_000, 0, ran, same)["passed"] is passed
+
+
 def test_growth_is_of_the_second_half_over_the_first():
     flat = [{"host_bytes": held} for held in (100, 900, 400, 500, 800, 850)]
     assert soak.growth(flat) == {"host_bytes": -50}

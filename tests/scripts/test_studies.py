@@ -23,12 +23,13 @@ EVERY = tuple(FEATURES)
 FIRST, SECOND = EVERY[:2]
 
 
-def compared(folder: Path, baseline: str, times: Mapping[str, list[float]], features: Mapping[str, list[str]]) -> None:
+def compared(folder: Path, baseline: str, times: Mapping[str, list[float]], features: Mapping[str, list[str]],
+             batch_size: int = 8) -> None:  # fmt: skip
     """A comparison of `baseline` and others whose rounds took so many ms."""
     settings = {"engines": list(times), "baseline": baseline, "rounds": 2, "model": {"name": "toy"},
                 "workload": {"name": "ablation"}}  # fmt: skip
     for label, values in times.items():
-        item = {"engine": "fused", "arm": "default", "metric": "tpot_ms", "phase": "decode", "batch_size": 8,
+        item = {"engine": "fused", "arm": "default", "metric": "tpot_ms", "phase": "decode", "batch_size": batch_size,
                 "tokens": 128, "output_len": 65, "launch": 0, "samples": 1, "status": "ok"}  # fmt: skip
         rounds = [{**item, "round": n, "started_s": float(n), "value": value} for n, value in enumerate(values)]
         write(folder / "launch-0" / folder_name(label), record("fused", notes={"features": features[label]}), (), (),
@@ -56,6 +57,22 @@ def test_comparisons_of_features_are_one_table_in_the_features_order(left_out: P
         f"| `{SECOND}` | +0.0 (+0.0 to +0.0) |",
     ]  # fmt: skip
     assert "NVIDIA H200, toy" in lines[-1] and "within these processes" in lines[-1]
+
+
+def test_a_call_that_one_comparison_lacks_moves_no_other(tmp_path: Path) -> None:
+    """Each change stands below its own call, whichever comparison has it."""
+    for feature, before, after, batch_size in ((FIRST, 3.0, 6.0, 8), (SECOND, 1.0, 1.5, 1)):
+        label = f"fused:features=[-{feature}]"
+        features = {"fused": list(EVERY), label: [f for f in EVERY if f != feature]}
+        times = {"fused": [before, before], label: [after, after]}
+        folder = tmp_path / f"{studies.WITHOUT}-{EVERY.index(feature)}"
+        compared(folder, "fused", times, features, batch_size=batch_size)
+    lines = studies.ablation(str(tmp_path)).splitlines()
+    assert lines[2] == "| fused without | decode, batch 8, prompt 128, TPOT ms | decode, batch 1, prompt 128, TPOT ms |"
+    assert lines[4:7] == [
+        "| all features | 3.00 | 1.00 |", f"| `{FIRST}` | +100.0 (+100.0 to +100.0) | not measured |",
+        f"| `{SECOND}` | not measured | +50.0 (+50.0 to +50.0) |",
+    ]  # fmt: skip
 
 
 def test_features_alone_are_held_against_none(tmp_path: Path) -> None:

@@ -320,6 +320,13 @@ def test_a_change_of_steps_by_hand(tmp_path: Path) -> None:
     ]
 
 
+def test_steps_of_different_gpus_are_no_history(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        write(tmp_path / name, made_up_run(started="2030-01-01", provenance={"gpu": {"name": f"The {name} one"}}))
+    with pytest.raises(InputError, match="The new one, The old one"):
+        engines.step_history(f"{tmp_path / 'old'},{tmp_path / 'new'}", engine="nano")
+
+
 def test_step_costs_by_hand(tmp_path: Path) -> None:
     shape = {
         "phase": "decode", "batch_size": 2, "tokens": 16, "timed": {"wall_us": 1000.0},
@@ -674,6 +681,8 @@ def test_decode_choices_say_which_way_runs() -> None:
     many = measured["decode_linear"]["4096x1024 rows 256"]
     assert many["path"] == "cublas" and many["cublas_us"] < many["us"]
     assert rows["input_norm+qkv_proj", "256"] == [f"{many['us']:.1f}", f"**{many['cublas_us']:.1f}**", "library"]
+    assert measured["decode_head"]["151936x1024 rows 1"]["launch"]["product"]["kernel"] == "vector"
+    assert rows["final_norm+lm_head", "1"][2] == "vector"
 
 
 def test_prefill_choices_say_which_way_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
