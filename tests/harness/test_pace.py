@@ -7,8 +7,13 @@ import pytest
 from harness import pace
 
 
+def least_us():
+    """Of several readings: other processes may disturb some of them."""
+    return min(pace.host_pace("cpu")["python_us"] for _ in range(5))
+
+
 def test_a_disturbed_host_is_slower_by_about_what_disturbs_it(monkeypatch):
-    calm_us = pace.host_pace("cpu")["python_us"]
+    calm_us = least_us()
     additions = pace._additions
 
     def disturbed():
@@ -18,7 +23,7 @@ def test_a_disturbed_host_is_slower_by_about_what_disturbs_it(monkeypatch):
             pass
 
     monkeypatch.setattr(pace, "_additions", disturbed)
-    assert pace.host_pace("cpu")["python_us"] == pytest.approx(calm_us + 2_000, rel=0.3)
+    assert least_us() == pytest.approx(calm_us + 2_000, rel=0.3)
 
 
 def test_one_interruption_does_not_move_it(monkeypatch):
