@@ -7,6 +7,7 @@ entry, gets the kernel's own default. `none_chosen()` makes every GPU such a GPU
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ def gpu_slug(device: torch.device) -> str:
     """The GPU's name as a file name: "NVIDIA H200" → "nvidia-h200"."""
     name = torch.cuda.get_device_name(device).lower()
     return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+def fingerprint(device: torch.device) -> str:
+    """Of the choices that hold on `device`: the first half of the file's SHA-256; "" where there are none."""
+    file = FOLDER / f"{gpu_slug(device)}.json" if device.type == "cuda" else None
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32] if file and file.exists() else ""
 
 
 @lru_cache

@@ -194,11 +194,11 @@ def _tiled_candidates(op: Op, rows: int, quick: bool) -> Iterable[Launch]:
 
 def head_candidates(rows: int, hidden: int, quick: bool) -> list[HeadLaunch]:
     """Launches of the head worth timing, the default first."""
-    found = [default_head(1024, 2)]
+    found = [default_head(hidden, 2)]
     for block_n, num_warps, registers in ((4, 1, 255), (8, 2, 128), (8, 4, 128)) if rows <= HEAD_VECTOR_ROWS else ():
         found.append(HeadLaunch(product=Launch("vector", block_n, 256 * num_warps, num_warps, registers=registers)))
     for block_n, num_warps, chunks in ((16, 4, 1), (16, 4, 4), (8, 4, 1), (16, 8, 1)) if rows > 1 else ():
-        block_k = min(32 * num_warps * chunks, hidden)
+        block_k = 32 * num_warps * chunks
         product = Launch("matrix", block_n, block_k, num_warps, block_m=8 if rows <= 8 else 16, registers=255)
         found.append(HeadLaunch(product=product))
     for block_k, num_stages in ((64, 4), (128, 3)) if quick else ((64, 3), (64, 4), (64, 5), (128, 3), (128, 5)):

@@ -12,6 +12,7 @@ from engines.fused.state import Flight
 from engines.nano.engine import LLM as NanoLLM
 from engines.nano.engine import Ran
 from engines.nano.sequence import Sequence, Status
+from kernels.choices import fingerprint
 
 SEED_BITS = 63
 
@@ -42,6 +43,7 @@ class LLM(NanoLLM):
             "features": sorted(self.runner.features),
             "fallbacks": self.runner.fallbacks,
             "kernels": self.runner.kernels,
+            "choices": fingerprint(self.runner.device),
             "max_fused_prefill_rows": self.options.max_fused_prefill_rows,
         }
 

@@ -74,4 +74,5 @@ def fallbacks(config: ModelConfig, device: torch.device, block_size: int) -> dic
         reasons["dependent"] = "it needs a GPU of compute capability 9.0 or later"
     if no_graphs := why_no_graphs(device):
         reasons["prefill_graphs"] = no_graphs
+        reasons["prefill_products"] = f"it is of captured steps, and {no_graphs}"
     return reasons

@@ -69,7 +69,7 @@ def make_inputs(lengths, blocks):
 
 
 def make_buffers(runner):
-    few = FEW if "prefill_products" in runner.features else 0
+    few = FEW if "prefill_products" in runner.options.features else 0
     buffers = PrefillBuffers(SIZES, MAX_SEQUENCES, runner.max_blocks, runner.device, few=few)
     buffers.numbers.fill_(GARBAGE)
     return buffers

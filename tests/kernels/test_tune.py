@@ -78,8 +78,11 @@ def test_choices_come_back(gpu):
     assert best_launch(16, 1024, 2048, False, 4, gpu) == default_launch(16, 1024, 2048, False, 4)
     with choices.none_chosen():
         assert best_launch(40, 1024, 2048, False, 2, gpu) == default_launch(40, 1024, 2048, False, 2)
+    before = choices.fingerprint(gpu)
     # A later run of one shape keeps the others.
     choices.save(gpu, {"decode_linear": {lost: entry(launch)}}, {"gpu": "Some GPU"})
+    assert before and choices.fingerprint(gpu) not in ("", before)
+    assert choices.fingerprint(torch.device("cpu")) == ""
     assert best_launch(40, 1024, 2048, False, 2, gpu) == best_launch(9, 1024, 2048, False, 2, gpu) == launch
 
 
