@@ -1,22 +1,16 @@
-"""Times prefill's products with their ends on this machine's GPU, beside cuBLAS and the separate kernels.
-
-    python -m kernels._tune_prefill [--rows 1024,4096,16384] [--model qwen3-0.6b] [--ops gate_up,qkv] [--seconds 60]
-                                    [--write]
+"""Times prefill's products with their ends, beside cuBLAS and the separate kernels, for `python -m kernels.tune`.
 
 Candidates are compiled first, by many processes, into Triton's cache. Each is checked against the reference (its
-outputs full of NaN before), then timed as a captured graph of dependent launches over as many weight matrices as the
-model has layers, on random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out. After
-`--seconds` no other candidate is begun. `--write` puts the fastest of each op and number of rows, or cuBLAS where it
-won, into `choices/<gpu>.json`.
+outputs full of NaN before), then timed as a captured graph over as many weight matrices as the model has layers, on
+random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -26,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import choices, prefill_gate_up, prefill_qkv_rope, qk_norm_rope_cache, silu_mul
+from kernels import prefill_gate_up, prefill_qkv_rope, qk_norm_rope_cache, silu_mul
 from kernels._timing import poisoned, relative_error, time_graph_us
 from kernels._triton import HAVE_TRITON, triton
 from kernels.prefill_gate_up import reference as gate_up_reference
 from kernels.prefill_linear import Launch, shape_key
 from kernels.prefill_qkv_rope import fits
 from kernels.prefill_qkv_rope import reference as qkv_reference
-from kernels.tune import MODELS, Model
+from kernels.tune import Model
 
-ROWS = "1024,2048,4096,8192,16384"
+ROWS = (512, 1024, 2048, 4096, 8192, 16384)
+QUICK_ROWS = (1024,)
 SHOWN = 5
 """Of the fastest launches of an op and number of rows, so many are printed."""
 COMPILED_ROWS = 256
@@ -257,39 +252,16 @@ def compile_all(model: Model, benches: dict[str, GateUp | QkvRope]) -> int:
     return len(jobs)
 
 
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
-    parser.add_argument("--ops", default=",".join(OPS))
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--write", action="store_true", help="save the choices")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("kernels._tune_prefill measures on an NVIDIA GPU, and there is none here.")
+def measured(model: Model, device: torch.device, rows: Sequence[int], seconds: float) -> dict[str, dict[str, Any]]:
+    """Print what runs fastest; the entries for the table of choices, by kernel and shape."""
     start = time.perf_counter()
-    device, model = torch.device("cuda", torch.cuda.current_device()), MODELS[options.model]
-    benches = {name: OPS[name](model, model.layers, device) for name in options.ops.split(",")}
-    print(f"{compile_all(model, benches)} kernels compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    benches = {name: kind(model, model.layers, device) for name, kind in OPS.items()}
+    print(
+        f"{compile_all(model, benches)} kernels of prefill compiled in {time.perf_counter() - start:.0f} s", flush=True
+    )
     table: dict[str, dict[str, Any]] = {}
-    for rows in map(int, options.rows.split(",")):
+    for count in rows:
         for bench in benches.values():
-            if entry := measure(bench, rows, start + options.seconds):
-                table.setdefault(bench.kernel, {})[shape_key(bench.out, bench.k, rows)] = entry
-    if options.write:
-        print("written:", choices.save(device, table, _facts(device)).name)
-    print(f"{time.perf_counter() - start:.0f} s in all")
-
-
-def _facts(device: torch.device) -> dict[str, Any]:
-    """What the table of choices is kept under; its date is that of the other kernels' choices, where it has some."""
-    name, before = torch.cuda.get_device_name(device), choices.facts(device)
-    versions = {"gpu": name, "torch": torch.__version__, "triton": triton.__version__}
-    if all(before.get(key) == value for key, value in versions.items()):
-        return before
-    return versions | {"date": time.strftime("%Y-%m-%d")}
-
-
-if __name__ == "__main__":
-    main()
+            if entry := measure(bench, count, start + seconds):
+                table.setdefault(bench.kernel, {})[shape_key(bench.out, bench.k, count)] = entry
+    return table

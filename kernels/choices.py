@@ -2,13 +2,15 @@
 
 One file per GPU holds, per kernel, shape keys and what ran fastest there: the fields of that kernel's `Launch`, or
 `{"path": "cublas"}` where a library's product and separate kernels won. A GPU without a file, or a shape without an
-entry, gets the kernel's own default. `none_chosen()` makes every GPU such a GPU, for tests of the defaults.
+entry, gets the kernel's own default. Each entry has its date. `none_chosen()` makes every GPU such a GPU, for tests of
+the defaults.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -58,12 +60,6 @@ def launch_of(kind: type[Launch], fields: Mapping[str, Any], device: torch.devic
         ) from error
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """Under what this GPU's choices were measured (versions, date); nothing where none were."""
-    file = FOLDER / f"{gpu_slug(device)}.json"
-    return json.loads(file.read_text(encoding="utf-8"))["facts"] if file.exists() else {}
-
-
 @contextmanager
 def none_chosen() -> Iterator[None]:
     """Inside the `with` block no measured choice is used, in the whole process."""
@@ -76,11 +72,12 @@ def none_chosen() -> Iterator[None]:
 
 
 def save(device: torch.device, choices: dict[str, dict[str, dict[str, Any]]], facts: dict[str, Any]) -> Path:
-    """Merge `choices` into this GPU's file, under `facts` (versions, date); the path of the file."""
+    """Merge `choices`, as of today, into this GPU's file, under `facts` (its name, versions); the path of the file."""
     file = FOLDER / f"{gpu_slug(device)}.json"
     merged = json.loads(file.read_text(encoding="utf-8"))["choices"] if file.exists() else {}
     for kernel, entries in choices.items():
-        merged.setdefault(kernel, {}).update(entries)
+        dated = {key: {**entry, "date": time.strftime("%Y-%m-%d")} for key, entry in entries.items()}
+        merged.setdefault(kernel, {}).update(dated)
     lines = []
     for kernel, entries in sorted(merged.items()):
         inside = ",\n".join(f"      {json.dumps(key)}: {json.dumps(entries[key])}" for key in entries)

@@ -1,7 +1,7 @@
-"""Measures how decode's kernels run best on this machine's GPU and writes `choices/<gpu>.json`.
+"""Measures how the kernels run best on this machine's GPU and writes `choices/<gpu>.json`.
 
-    python -m kernels.tune [--quick] [--model qwen3-0.6b] [--rows 1,16] [--ops qkv,o,gate_up,down,head,attention]
-                           [--dry-run]
+    python -m kernels.tune [--quick] [--model qwen3-0.6b] [--rows 1,16]
+                           [--ops qkv,o,gate_up,down,head,attention,prefill] [--dry-run]
 
 Each candidate is checked against the reference (its output poisoned with NaN before) and timed as a captured graph of
 dependent launches over as many weight matrices as the model has layers, so that the L2 does not hold them: the
@@ -12,6 +12,8 @@ multiprocessors with it.
 
 Attention is timed between the projections before and after it, whose time is taken off again, at short and at long
 contexts: one launch serves all lengths, and the best is that of the least product of both times.
+
+Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py; `--rows` are decode's.
 
 Kernels are compiled first, by many processes, into Triton's cache.
 """
@@ -82,6 +84,8 @@ HALF_COLUMNS = 64
 """Over so many columns each, the sums of squares are taken that come with half-normed rows here."""
 PAIRS = (("o", "gate_up"), ("down", "qkv"))
 """Products with a norm between them, of which the tiled kernel can make half in the first, half in the second."""
+PREFILL_SECONDS = 90.0
+"""After so long no other candidate of prefill is begun."""
 WORKERS = 14
 TOLERANCE = 1e-2
 HEAD_TOLERANCE = 5e-2
@@ -574,11 +578,13 @@ def compile_all(
 
 def main() -> None:
     """See this module's docstring."""
-    parser = argparse.ArgumentParser(description="Measure how decode's products run best on this GPU.")
+    parser = argparse.ArgumentParser(description="Measure how the kernels run best on this GPU.")
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=None)
     parser.add_argument(
-        "--ops", type=lambda text: text.split(","), default=["qkv", "o", "gate_up", "down", "head", "attention"]
+        "--ops",
+        type=lambda text: text.split(","),
+        default=["qkv", "o", "gate_up", "down", "head", "attention", "prefill"],
     )
     parser.add_argument("--quick", action="store_true", help="fewer rows and fewer candidates, under a minute")
     parser.add_argument("--dry-run", action="store_true", help="print, but write no table of choices")
@@ -630,10 +636,12 @@ def main() -> None:
             table[kernel][result.key] = result.choice(launches[name])
     for failure in failures:
         print("WRONG", failure)
-    facts = {
-        "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    if "prefill" in arguments.ops:
+        from kernels import _tune_prefill  # it knows the models from here
+
+        prompts = _tune_prefill.QUICK_ROWS if arguments.quick else _tune_prefill.ROWS
+        table |= _tune_prefill.measured(model, device, prompts, PREFILL_SECONDS)
+    facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
     if not arguments.dry_run:
         print("written:", choices.save(device, table, facts).name)
     print(f"{time.perf_counter() - start:.0f} s in all")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from scripts.tables.registry import markdown, table
 from scripts.tables.sources import ROOT
@@ -49,9 +51,9 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
     facts = measured["facts"]
     source = (
         f"µs per launch in a captured graph over the matrices (caches) of 28 layers, {facts['gpu']}, torch "
-        f"{facts['torch']}, Triton {facts['triton']}, {facts['date']}; ours launched dependently. The library is "
-        "cuBLAS with separate norm and activation, for attention FlashAttention 3 after `qk_norm_rope_cache`; contexts "
-        f"of 128 to 256 tokens. File: `{file}`, written by `python -m kernels.tune`."
+        f"{facts['torch']}, Triton {facts['triton']}, {_days(measured, OPS)}; ours launched dependently. The library "
+        "is cuBLAS with separate norm and activation, for attention FlashAttention 3 after `qk_norm_rope_cache`; "
+        f"contexts of 128 to 256 tokens. File: `{file}`, written by `python -m kernels.tune`."
     )
     return "\n\n".join([markdown(["op", "rows", "ours", "library", "used"], rows, left=1), source])
 
@@ -80,9 +82,16 @@ def prefill_choices(gpu: str = "nvidia-h200") -> str:
             )
     source = (
         "µs per call in a captured graph over the matrices of 28 layers, each right after the other, "
-        f"{measured['facts']['gpu']}; a choice serves all steps of up to so many rows and of more than half as many. "
-        f"The library is cuBLAS with the kernel behind it. File: `{file}`, written by "
-        "`python -m kernels._tune_prefill --write`."
+        f"{measured['facts']['gpu']}, {_days(measured, PREFILL_OPS)}; a choice serves all steps of up to so many rows "
+        "and of more than half as many. The library is cuBLAS with the kernel behind it. "
+        f"File: `{file}`, written by `python -m kernels.tune`."
     )
     heads = ["op", "rows", "ours", "library", "ours / library", "TFLOP/s", "tile"]
     return "\n\n".join([markdown(heads, rows, left=1), source])
+
+
+def _days(measured: dict[str, Any], ops: Mapping[str, tuple[str, ...]]) -> str:
+    """When the choices of these ops' kernels were measured: a day, or the first and the last."""
+    tables = [measured["choices"].get(kernel, {}) for kernel in {op[0] for op in ops.values()}]
+    found = sorted(entry["date"] for table in tables for entry in table.values())
+    return found[0] if found[0] == found[-1] else f"{found[0]} to {found[-1]}"

@@ -72,12 +72,13 @@ def test_choices_come_back(monkeypatch, tmp_path):
     monkeypatch.setattr(choices, "gpu_slug", lambda device: "some-gpu")
     choices._table.cache_clear()
     gpu, launch = torch.device("cuda", 0), GATE_UP[7]
-    assert choices.facts(gpu) == {}
-    choices.save(gpu, {"decode_linear": {"a": {"path": "cublas"}}}, {"date": "a day"})
+    monkeypatch.setattr(choices.time, "strftime", lambda form: "a day")
+    choices.save(gpu, {"decode_linear": {"a": {"path": "cublas"}}}, {})
+    monkeypatch.setattr(choices.time, "strftime", lambda form: "the day after")
     entry = {"launch": _tune_prefill.asdict(launch), "us": 1.0}
-    choices.save(gpu, {"prefill_gate_up": {shape_key(6144, 1024, 4095): entry}}, choices.facts(gpu))
-    assert choices.facts(gpu) == {"date": "a day"}
+    choices.save(gpu, {"prefill_gate_up": {shape_key(6144, 1024, 4095): entry}}, {})
     assert best_launch("prefill_gate_up", 6144, 1024, 2049, torch.bfloat16, gpu) == launch
     assert best_launch("prefill_gate_up", 6144, 1024, 2048, torch.bfloat16, gpu) is None
-    assert choices.chosen("decode_linear", "a", gpu) == {"path": "cublas"}
+    assert choices.chosen("decode_linear", "a", gpu) == {"path": "cublas", "date": "a day"}
+    assert choices.chosen("prefill_gate_up", shape_key(6144, 1024, 4095), gpu)["date"] == "the day after"
     choices._table.cache_clear()

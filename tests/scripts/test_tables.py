@@ -691,8 +691,8 @@ def test_prefill_choices_say_which_way_runs(tmp_path: Path, monkeypatch: pytest.
         "facts": {"gpu": "Toy"},
         "choices": {
             "prefill_gate_up": {
-                "6144x1024 rows 1024": {"launch": launch, "us": 20.0, "cublas_us": 25.0},
-                "6144x1024 rows 2048": {"path": "cublas", "cublas_us": 40.0},
+                "6144x1024 rows 1024": {"launch": launch, "us": 20.0, "cublas_us": 25.0, "date": "2030-01-02"},
+                "6144x1024 rows 2048": {"path": "cublas", "cublas_us": 40.0, "date": "2030-01-01"},
             }
         },
     }
@@ -700,7 +700,9 @@ def test_prefill_choices_say_which_way_runs(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "kernels" / "choices" / "toy.json").write_text(json.dumps(made))
     monkeypatch.setattr(choices, "ROOT", tmp_path)
     # 2 * 1024 * 6144 * 1024 operations in 20 µs are 644.2 TFLOP/s.
-    assert cells(choices.prefill_choices("toy")) == [
+    made = choices.prefill_choices("toy")
+    assert "2030-01-01 to 2030-01-02" in made
+    assert cells(made) == [
         ["gate_up_proj+silu_mul", "1,024", "**20.0**", "25.0", "0.80×", "644", "128 × 64, 8 warps"],
         ["gate_up_proj+silu_mul", "2,048", "", "**40.0**", "", "", "cuBLAS, `silu_mul`"],
     ]
