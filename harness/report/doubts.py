@@ -48,6 +48,8 @@ _SAME = ": the GPU was throttled"
 """What a run says of one shape after the other."""
 _SHOWN = 6
 """Sentences of one kind that are shown without a click."""
+_NAMED = 4
+"""Runs that a sentence is true of, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,18 @@ def section(data: Data) -> Section:
                 texts.setdefault(doubt.text, []).append(doubt.where)
         if not texts:
             continue
-        items = [f"<li>{html.escape(t)} <small>{html.escape('; '.join(w))}</small></li>" for t, w in texts.items()]
+        items = [f"<li>{html.escape(text)} {_places(where)}</li>" for text, where in texts.items()]
         shown, rest = items[:_SHOWN], items[_SHOWN:]
         more = html.folded(f"{len(rest)} more", f"<ul>{''.join(rest)}</ul>") if rest else ""
         weight = "bad" if kind in BAD else "note" if kind == NOTE else "doubt"
         parts.append(f'<div class="doubts {weight}"><h3>{html.escape(title)}</h3><ul>{"".join(shown)}</ul>{more}</div>')
     return Section("Warnings", parts)
+
+
+def _places(where: Sequence[str]) -> str:
+    """The runs that a sentence is true of: by name if they are few, behind a click if they are many."""
+    names = f"<small>{html.escape('; '.join(where))}</small>"
+    return names if len(where) <= _NAMED else f"<small>{html.folded(f'{len(where)} runs', names)}</small>"
 
 
 def _of_run(data: Data, run: Mapping[str, Any]) -> Iterator[Doubt]:

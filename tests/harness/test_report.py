@@ -538,6 +538,14 @@ def test_ids_are_unique(h200: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_many_runs_of_one_doubt_are_named_behind_a_click() -> None:
+    few, many = ["a", "b"], [f"run-{i}" for i in range(30)]
+    assert doubts._places(few) == "<small>a; b</small>"
+    page = doubts._places(many)
+    head, _, rest = page.partition("</summary>")
+    assert "30 runs" in head and "run-0" not in head and all(name in rest for name in many)
+
+
 def test_engines_keep_their_colours(h200: Path) -> None:
     engines = {"vllm", "nano", "fused", "nano_vllm", "hf"}
     settings = [s for s in Data.read(REFERENCE).settings if not any(entry.run.get("study") for entry in s.entries)]
