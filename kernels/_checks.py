@@ -50,13 +50,32 @@ def check_qkv(
         raise ValueError(
             f"qkv must have ({heads} + 2 * {kv_heads}) * {head_dim} columns for its heads, not {qkv.shape[1]}."
         )
+    check_rotation(q_weight, k_weight, cos_sin, positions, head_dim, qkv)
+
+
+def check_rotation(
+    q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor, head_dim: int, like: Tensor
+) -> None:
+    """Norms of heads, rotary table and positions, one for each row of `like`."""
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must both be given, or neither.")
     if q_weight is not None and k_weight is not None:
-        check_like("q_weight", q_weight, (head_dim,), qkv)
-        check_like("k_weight", k_weight, (head_dim,), qkv)
-    check_like("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), qkv, torch.float32)
-    check_integers("positions", positions, (qkv.shape[0],), qkv)
+        check_like("q_weight", q_weight, (head_dim,), like)
+        check_like("k_weight", k_weight, (head_dim,), like)
+    check_like("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), like, torch.float32)
+    check_integers("positions", positions, (like.shape[0],), like)
+
+
+def check_cache_write(
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, kv_heads: int, head_dim: int, like: Tensor
+) -> None:
+    """A slot for each row of `like`, and the caches [num_blocks, block_size, kv_heads, head_dim]."""
+    check_integers("slot_mapping", slot_mapping, (like.shape[0],), like)
+    if k_cache.dim() != 4:
+        raise ValueError(f"k_cache must have 4 dimensions, not shape {tuple(k_cache.shape)}.")
+    shape = (k_cache.shape[0], k_cache.shape[1], kv_heads, head_dim)
+    check_like("k_cache", k_cache, shape, like)
+    check_like("v_cache", v_cache, shape, like)
 
 
 def _check_place(name: str, tensor: Tensor, like: Tensor) -> None:

@@ -761,8 +761,10 @@ def candidates(
 
     group = heads // kv_heads
     together = 1 < group <= 4 and 4 * rows * heads > FULL_PROGRAMS
-    from_registers = rows <= REGISTER_ROWS or element_bytes != 2
-    for own in () if not from_registers else (1, 0) if together else (1,):
+    owns: tuple[int, ...] = (1, 0) if together else (1,)
+    if rows > REGISTER_ROWS and element_bytes == 2:
+        owns = ()
+    for own in owns:
         programs = 2 * rows * (heads if own else kv_heads)
         for waves, num_warps, registers in ((8, 8, 0), (8, 8, 128), (8, 4, 0), (4, 8, 0)):
             block_n = waves * _keys_at_once(num_warps, head_dim, element_bytes)

@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels._checks import check_integers, check_like, check_qkv
+from kernels._checks import check_cache_write, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
@@ -176,12 +176,9 @@ def prefill_attention(
     """
     check_qkv(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
     tokens = qkv.shape[0]
-    check_integers("slot_mapping", slot_mapping, (tokens,), qkv)
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_kv_heads} kv heads cannot be shared evenly by {num_heads} query heads.")
-    cache_shape = (*k_cache.shape[:2], num_kv_heads, head_dim)
-    check_like("k_cache", k_cache, cache_shape, qkv)
-    check_like("v_cache", v_cache, cache_shape, qkv)
+    check_cache_write(slot_mapping, k_cache, v_cache, num_kv_heads, head_dim, qkv)
     if not runs_triton(qkv):
         return reference(
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads,

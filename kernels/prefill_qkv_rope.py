@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._checks import check_float, check_integers, check_like
+from kernels._checks import check_cache_write, check_float, check_like, check_rotation
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
@@ -169,7 +169,7 @@ def _check(
     bias: Tensor | None,
 ) -> None:  # fmt: skip
     check_float("x", x, 2)
-    rows, hidden = x.shape
+    hidden = x.shape[1]
     if hidden == 0:
         raise ValueError("x must have at least one column.")
     if not takes(num_heads, num_kv_heads, head_dim):
@@ -178,19 +178,8 @@ def _check(
     check_like("weight", weight, (out, hidden), x)
     if bias is not None:
         check_like("bias", bias, (out,), x)
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight must both be given, or neither.")
-    if q_weight is not None and k_weight is not None:
-        check_like("q_weight", q_weight, (head_dim,), x)
-        check_like("k_weight", k_weight, (head_dim,), x)
-    check_like("cos_sin", cos_sin, (cos_sin.shape[0], head_dim), x, torch.float32)
-    check_integers("positions", positions, (rows,), x)
-    check_integers("slot_mapping", slot_mapping, (rows,), x)
-    if k_cache.dim() != 4:
-        raise ValueError(f"k_cache must have 4 dimensions, not shape {tuple(k_cache.shape)}.")
-    shape = (k_cache.shape[0], k_cache.shape[1], num_kv_heads, head_dim)
-    check_like("k_cache", k_cache, shape, x)
-    check_like("v_cache", v_cache, shape, x)
+    check_rotation(q_weight, k_weight, cos_sin, positions, head_dim, x)
+    check_cache_write(slot_mapping, k_cache, v_cache, num_kv_heads, head_dim, x)
 
 
 def prefill_qkv_rope(
@@ -238,7 +227,7 @@ def prefill_qkv_rope(
             K=hidden, HEADS=num_heads, KV_HEADS=num_kv_heads, D=head_dim, BLOCK_M=launch.block_m,
             BLOCK_H=launch.block_n // head_dim, BLOCK_K=launch.block_k, GROUP_M=launch.group_m, DESCRIBED=describes,
             PERSISTENT=launch.per_sm > 0, DEPENDENT=depends, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        **({"launch_pdl": True} if depends else {}),
+            **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     return q if k is None or v is None else (q, k, v)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._checks import check_integers, check_like, check_qkv
+from kernels._checks import check_cache_write, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
@@ -114,19 +114,6 @@ def qk_norm_rope_cache_kernel(
     tl.store(v_cache + cached + HALF, raw_b, mask=is_v & written)
 
 
-def _check(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
-    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
-) -> None:  # fmt: skip
-    check_qkv(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
-    check_integers("slot_mapping", slot_mapping, (qkv.shape[0],), qkv)
-    if k_cache.dim() != 4:
-        raise ValueError(f"k_cache must have 4 dimensions, not shape {tuple(k_cache.shape)}.")
-    shape = (k_cache.shape[0], k_cache.shape[1], num_kv_heads, head_dim)
-    check_like("k_cache", k_cache, shape, qkv)
-    check_like("v_cache", v_cache, shape, qkv)
-
-
 def qk_norm_rope_cache(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
     slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
@@ -140,9 +127,8 @@ def qk_norm_rope_cache(
     `dependent`: start while the kernel before it in the stream still runs, where the GPU can; it is waited for, but
     positions, slots and the table must have been written before it started.
     """
-    _check(
-        qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads, head_dim
-    )
+    check_qkv(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
+    check_cache_write(slot_mapping, k_cache, v_cache, num_kv_heads, head_dim, qkv)
     if not runs_triton(qkv):
         return reference(
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads,

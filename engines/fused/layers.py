@@ -81,7 +81,7 @@ def product_is_fused(x: Tensor, weight: Tensor, gated: bool) -> bool:
 
 def prefill_launch(kernel: str, x: Tensor, weight: Tensor, context: StepContext) -> Any:
     """How the product of x [rows, in] and what follows it are best one kernel in prefill here; None: they are not."""
-    if isinstance(context, DecodeContext) or context.is_decode:
+    if context.is_decode:
         return None
     return best_prefill_launch(kernel, weight.shape[0], weight.shape[1], x.shape[0], x.dtype, x.device)
 

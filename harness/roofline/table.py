@@ -68,7 +68,7 @@ def lines(runs: Runs, run: Mapping[str, Any], ceilings: Ceilings) -> list[ShapeL
     for shape in run.get("shapes", []):
         whole = layers
         if shape["phase"] == "prefill" and "last_rows" in features:
-            # It goes on with the rows that are drawn from, and its times are not those of all tokens.
+            # The last layer goes on with the rows that are drawn from; its times are not those of all tokens.
             whole = layers[layers["layer_index"] != shapes.num_layers - 1]
         here = list(_lines(shapes, shape, whole, ceilings, "residual" in features))
         if here:
