@@ -248,6 +248,8 @@ class Engine(Protocol):
     arm: str
     mode: Literal["eager", "graph", "compiled"]
     """How decode steps run now: kernels launched one by one, replayed from a graph, or compiled (with or without)."""
+    launches_ahead: bool
+    """Whether a step may be launched before the one before it was read. It runs then before it is called for."""
     capacity: Capacity
     notes: dict[str, Any]
 

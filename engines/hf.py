@@ -162,6 +162,7 @@ class HF:
     """The reference engine; see `engines.base.Engine` for what each method does."""
 
     name = "hf"
+    launches_ahead = False
     arm = "default"
     mode: Literal["eager", "graph", "compiled"] = "eager"
 

@@ -223,18 +223,18 @@ class Measurement:
 
     def _time_host(self, shape: Shape) -> None:
         timer = PhaseTimer(self.engine.host_phases())
-        source = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature, timer).samples(shape)
+        steps = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature, timer, takes_no_time=True)
+        source = steps.samples(shape)
         try:
             with self._failing(shape, HOST), undisturbed(), timer.attached():
                 next(source)
-                timer.steps.clear()
                 samples = list(islice(source, self.config.instrument.traced_iterations))
-                steps = timer.steps
-                if len(steps) != len(samples):
+                phases = [s.trace.phases_us for s in samples if s.trace is not None and s.trace.phases_us]
+                if len(phases) != len(samples):
                     raise TraceUnsupported("Its prompts take several steps.")
                 mode = tables.timed_mode(self.engine, shape)
-                self.writer.add_host(tables.host_rows(self.engine, shape, steps, mode))
-                medians = {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
+                self.writer.add_host(tables.host_rows(self.engine, shape, phases, mode))
+                medians = {phase: statistics.median(step[phase] for step in phases) for phase in phases[0]}
                 record = tables.pass_record(self.engine, shape, samples, mode) | {"phases_us": medians}
                 if timed_us := self.passes[shape].get(TIMED, {}).get("wall_us"):
                     record["overhead"] = record["wall_us"] / timed_us
@@ -289,7 +289,7 @@ class Measurement:
         steps = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature)
 
         def once() -> None:
-            source = steps.samples(shape)
+            source = steps.samples(shape, width=samples)
             try:
                 for _ in range(samples):
                     next(source)

@@ -1,6 +1,11 @@
 """Single steps of one shape, over and over: prompts go in, the wanted steps come out timed, everything else is checked.
 
 Used by the timed pass, with nothing attached, and by the traced passes, with an instrument.
+
+An engine may launch a step before the one before it was read. Whatever is done between two calls of such an engine,
+the GPU goes on meanwhile, and a step timed from its own call on would lack that time. So its decode steps are timed in
+a row, with nothing between them, each from the end of the one before to its own. Traced steps stand apart: their
+instruments wait for the GPU before and after each.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -17,6 +23,9 @@ from engines.base import Engine, SamplingParams, Step
 from harness.instruments.nvtx import Ranges, step_label
 from harness.instruments.probe import Instrument, StepTrace
 from harness.workloads import DECODE_WARMUP_STEPS, Prompts, Shape
+
+ROW_SECONDS = 10.0
+"""After so long a row of steps ends, so that whoever takes the samples may stop: without a GPU steps take seconds."""
 
 
 class UnexpectedStep(RuntimeError):
@@ -31,7 +40,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measurement of a shape: a decode step, or the step (rarely steps) that computed all prompts."""
+    """One measurement of a shape: a decode step, or the step (rarely steps) that computed all prompts.
+
+    wall_us: of a decode step in a row, from the end of the step before; else from its own start
+    """
 
     wall_us: float
     context_len: int
@@ -51,7 +63,10 @@ def undisturbed() -> Iterator[None]:
 
 
 class ShapeSteps:
-    """Makes samples of any shape on one engine, which must have nothing else to do."""
+    """Makes samples of any shape on one engine, which must have nothing else to do.
+
+    `takes_no_time`: the instrument does not, and so steps of an engine that launches ahead are timed in a row with it.
+    """
 
     def __init__(
         self,
@@ -60,20 +75,27 @@ class ShapeSteps:
         temperature: float,
         instrument: Instrument | None = None,
         ranges: Ranges | None = None,
+        takes_no_time: bool = False,
     ) -> None:
         self._engine = engine
         self._prompts = prompts
         self._temperature = temperature
         self._instrument = instrument
         self._ranges = ranges or Ranges(enabled=False)
+        self._may_time_in_a_row = takes_no_time or instrument is None
 
-    def samples(self, shape: Shape) -> Generator[Sample, None, None]:
-        """Samples of `shape` without end; closing the generator leaves the engine idle. UnexpectedStep."""
-        batch = self._prefills if shape.phase == "prefill" else self._decodes
+    def samples(self, shape: Shape, width: int | None = None) -> Generator[Sample, None, None]:
+        """Samples of `shape` without end; closing the generator leaves the engine idle. UnexpectedStep.
+
+        `width`: how many decode steps to take on one batch of prompts, if not as many as the shape is wide.
+        """
         while True:
             ids = self._add(shape)
             try:
-                yield from batch(shape)
+                if shape.phase == "prefill":
+                    yield from self._prefills(shape)
+                else:
+                    yield from self._decodes(shape, width or shape.width)
             finally:
                 self._engine.abort(ids)
 
@@ -98,21 +120,58 @@ class ShapeSteps:
             raise UnexpectedStep(f"{computed} tokens were computed instead of {shape.new_tokens} ({shape}).")
         yield _joined([sample for sample, _ in parts])
 
-    def _decodes(self, shape: Shape) -> Iterator[Sample]:
-        """As many samples as the shape is wide, after the prompts and the warm-up."""
+    def _decodes(self, shape: Shape, width: int) -> Iterator[Sample]:
+        """`width` samples, after the prompts and the warm-up."""
         while (step := self._untimed()).kind != "decode" or step.batch_size != shape.batch_size:
             if step.finished or not self._engine.has_unfinished():
                 raise UnexpectedStep(
                     f"Sequences finished before all of them were in decode together ({shape}); the cache or the limits "
                     "may be too small for them."
                 )
-        for _ in range(DECODE_WARMUP_STEPS - 1):
-            self._untimed()
-        for _ in range(shape.width):
+        for _ in range(DECODE_WARMUP_STEPS - 2):
+            step = self._untimed()
+        if self._engine.launches_ahead and self._may_time_in_a_row:
+            left = 1 + width
+            while left > 1:
+                samples, step = self._row(shape, step, left)
+                left -= 1 + len(samples)
+                yield from samples
+            return
+        self._untimed()
+        for _ in range(width):
             sample, step = self._step(shape)
             if step.kind != "decode" or step.batch_size != shape.batch_size:
                 raise UnexpectedStep(f"A {step.kind} step of {step.batch_size} sequences came instead ({shape}).")
             yield replace(sample, context_len=step.context_len)
+
+    def _row(self, shape: Shape, before: Step, count: int) -> tuple[list[Sample], Step]:
+        """Up to `count` steps one right after the other, all but the first of them timed, and what the last one was;
+        `before` is the step that ran last.
+
+        What the steps were is told after them: each adds one token to a sequence at most, so if all sequences are there
+        and longer by as many tokens as there were steps, each was a decode step of all of them.
+        """
+        label = step_label(shape.phase, shape.batch_size, shape.new_tokens, shape.context_len)
+        ends_ns: list[int] = []
+        traces: list[StepTrace] = []
+        stop_ns = time.perf_counter_ns() + ROW_SECONDS * 1e9
+        while len(ends_ns) < count and (len(ends_ns) < 2 or ends_ns[-1] < stop_ns):
+            if self._instrument is not None:
+                self._instrument.start_step(label, shape.phase, shape.batch_size, shape.new_tokens)
+            self._engine.advance()
+            if self._instrument is not None:
+                traces.append(self._instrument.finish_step())
+            ends_ns.append(time.perf_counter_ns())
+        last, first = self._engine.last_step(), before.context_len + 2  # the row's first step has no end before it
+        if (last.kind, last.batch_size, last.context_len) != ("decode", shape.batch_size, first + len(ends_ns) - 2):
+            raise UnexpectedStep(
+                f"{len(ends_ns)} decode steps of {shape.batch_size} sequences did not follow one another ({shape}): "
+                f"the last was a {last.kind} step of {last.batch_size} at {last.context_len} tokens."
+            )
+        return [
+            Sample((end - start) / 1e3, first + i, traces[i + 1] if traces else None)
+            for i, (start, end) in enumerate(pairwise(ends_ns))
+        ], last
 
     def _step(self, shape: Shape) -> tuple[Sample, Step]:
         label = step_label(shape.phase, shape.batch_size, shape.new_tokens, shape.context_len)

@@ -34,6 +34,11 @@ class LLM(NanoLLM):
         super().__init__(model, **keywords)
         self._seeds = Random(self.config.seed)
 
+    @property
+    def launches_ahead(self) -> bool:  # type: ignore[override]
+        runner = self.runner
+        return "device_loop" in runner.features and not runner.watched and not runner.keep_logits
+
     def _start_runner(self) -> FusedRunner:
         return FusedRunner(self.config, self.options)
 
@@ -79,7 +84,7 @@ class LLM(NanoLLM):
 
     def _launch_ahead(self, flight: Flight) -> None:
         """Launch the step after `flight`, unless it depends on what is still in the air."""
-        if "device_loop" not in self.runner.features or self.runner.watched or self.runner.keep_logits:
+        if not self.launches_ahead:
             self.runner.state.forget()  # the host brings everything to the device, step by step
             return
         following = [s for s in flight.sequences if s.status is Status.RUNNING and not ends(s)]

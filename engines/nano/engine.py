@@ -71,6 +71,7 @@ class LLM(OfflineCalls):
 
     name = "nano"
     arm = "default"
+    launches_ahead = False
     options_class: type[Options] = Options
 
     def __init__(self, model: str | Path | EngineConfig, **keywords: Any) -> None:

@@ -47,6 +47,7 @@ class NanoVLLM:
     """
 
     name = "nano_vllm"
+    launches_ahead = False
     arm = "default"
 
     def __init__(self, config: EngineConfig) -> None:

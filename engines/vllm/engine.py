@@ -48,6 +48,7 @@ class VLLM:
 
     name = "vllm"
     arm: str
+    launches_ahead = False  # in none of the arms whose steps are told apart
     mode: Literal["eager", "graph", "compiled"]
     capacity: Capacity
 

@@ -19,7 +19,7 @@ _US_PER_NS = 1e-3
 
 
 class PhaseTimer:
-    """An instrument whose `steps` hold, for each step, the microseconds of every phase and of `rest`."""
+    """An instrument whose traces hold the microseconds of every phase and of `rest`."""
 
     def __init__(self, phases: HostPhases, clock_ns: Callable[[], int] = time.perf_counter_ns) -> None:
         self._phases = phases
@@ -27,7 +27,6 @@ class PhaseTimer:
         self._open: list[str] = []
         self._since_ns = 0
         self._spent_ns: dict[str, int] = {}
-        self.steps: list[dict[str, float]] = []
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -71,8 +70,7 @@ class PhaseTimer:
 
     def finish_step(self, rows_bucket: int | None = None) -> StepTrace:
         self._switch()
-        self.steps.append({phase: spent * _US_PER_NS for phase, spent in self._spent_ns.items()})
-        return StepTrace([])
+        return StepTrace([], phases_us={phase: spent * _US_PER_NS for phase, spent in self._spent_ns.items()})
 
     def wants(self, site: Site) -> bool:
         return False

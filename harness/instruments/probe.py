@@ -30,13 +30,15 @@ class StepTrace:
 
     `gpu_us` is the time on the GPU from the first site's start to the last site's end, None where nothing measured it.
     `mode` says how the step's sites ran (a prefill is eager even while decode steps replay graphs), `source` what
-    timed them: the columns of the same names in `layers.parquet`.
+    timed them: the columns of the same names in `layers.parquet`. `phases_us` is what each phase of the host took, for
+    an instrument that times these.
     """
 
     intervals: list[Interval]
     gpu_us: float | None = None
     mode: str = "eager"
     source: str = "host"
+    phases_us: dict[str, float] | None = None
 
 
 @runtime_checkable

@@ -52,8 +52,8 @@ def test_every_microsecond_is_in_one_phase() -> None:
         for _ in range(2):
             timer.start_step("", "decode", 1, 1)
             toy.step()
-            timer.finish_step()
-    assert timer.steps == [{"schedule": 5.0, "prepare": 22.0, "launch": 7.0, "rest": 13.0}] * 2
+            trace = timer.finish_step()
+            assert trace.phases_us == {"schedule": 5.0, "prepare": 22.0, "launch": 7.0, "rest": 13.0}
 
 
 def test_the_methods_come_back() -> None:
@@ -83,5 +83,5 @@ def test_a_method_that_raises_leaves_the_next_step_whole() -> None:
             toy.__dict__["prepare"] = Toy.prepare.__get__(toy)
         timer.start_step("", "decode", 1, 1)
         toy.step()
-        timer.finish_step()
-    assert timer.steps == [{"schedule": 5.0, "prepare": 0.0, "launch": 29.0, "rest": 13.0}]
+        trace = timer.finish_step()
+    assert trace.phases_us == {"schedule": 5.0, "prepare": 0.0, "launch": 29.0, "rest": 13.0}

@@ -58,6 +58,7 @@ class Scripted:
 
     def __init__(self, on_step: Callable[[Step], Step] = lambda step: step, kv_cache_tokens: int = 100_000) -> None:
         self.on_step = on_step
+        self.launches_ahead = False
         self.capacity = Capacity(1024, 64, 16384, kv_cache_tokens)
         self.notes: dict[str, Any] = {}
         self.lengths: dict[str, int] = {}
