@@ -21,7 +21,7 @@ of one piece is written straight to the output; of several, the program that com
 Three ways (`Launch.dot`, `Launch.fragments`):
 - A stream, for many rows: a program takes one row, one key/value head with all its query heads, and one piece of at
   least `Launch.piece` keys, tile after tile through shared memory and tensor cores, whose tiles have 16 rows however
-  few the query heads are.
+  few the query heads are. The first tile may come into registers before the wait (`Launch.held`).
 - From registers, for few rows, where latencies count: a program holds a whole tile of keys, and one half of its
   values' columns, in registers before the wait; two programs do the same scores for two halves of the output, and none
   of them needs the other. Products are sums in float32, which need no exchange between threads but that of the scores.
@@ -61,6 +61,11 @@ FULL_PROGRAMS = 256
 """Split until about so many programs run: a large GPU's multiprocessors have one or two each."""
 REGISTER_ROWS = 4
 """Up to here launches without tensor cores are tried, in types of 2 bytes."""
+STREAMS = (
+    (64, 2, 3, True), (32, 1, 7, True), (64, 2, 5, True), (32, 1, 3, True), (32, 1, 5, False), (32, 1, 7, False),
+    (64, 2, 3, False), (128, 4, 5, False),
+)  # fmt: skip
+"""block_n, num_warps, num_stages and held of streams worth measuring; the first two also for the fewest rows."""
 MERGED_ELEMENTS = 64
 """Elements of all parts that a thread of the merging program holds in registers at most."""
 
@@ -79,6 +84,7 @@ class Launch:
     heads: without dot, query heads of a program, a divisor of the group; 0: all that share the key/value head
     registers: at most so many for each thread, 0: any number. Programs start before the wait only where they fit beside
         those of the kernel before
+    held: a stream's first tile is loaded into registers before the wait, the others as ever
     """
 
     block_n: int
@@ -90,6 +96,7 @@ class Launch:
     fragments: int = 0
     heads: int = 0
     registers: int = 0
+    held: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_n", "splits"):
@@ -102,6 +109,8 @@ class Launch:
             raise ValueError(f"piece must be a multiple of block_n, {self.block_n}, not {self.piece}.")
         if (self.fragments or not self.dot) and self.piece != self.block_n:
             raise ValueError(f"without dot or with fragments, piece must be block_n, {self.block_n}, not {self.piece}.")
+        if self.held and (self.fragments or not self.dot):
+            raise ValueError("held is for a stream; the other ways hold their first tile as it is.")
         if self.dot and self.heads:
             raise ValueError("heads are for launches without dot.")
         if self.fragments not in (0, 1, 2) or (self.fragments and not self.dot):
@@ -208,14 +217,32 @@ def _pivot(peak):
 
 
 @triton.jit
+def _attend_tile(q, k, v, rest, peak, norm, total, scale_log2, BLOCK_N: tl.constexpr):
+    """A tile of keys [BLOCK_N, D], of which `rest` exist, and values [D, BLOCK_N] into peak, norm [M] and total [D, M].
+
+    q is [D, M].
+    """
+    score = dot(k, q, tl.zeros([BLOCK_N, q.shape[1]], tl.float32))
+    score = tl.where(tl.arange(0, BLOCK_N)[:, None] < rest, score * scale_log2, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(score, axis=0))
+    pivot = _pivot(new_peak)
+    weight = tl.exp2(score - pivot[None, :])
+    fade = tl.exp2(peak - pivot)
+    return new_peak, norm * fade + tl.sum(weight, axis=0), dot(v, weight.to(v.dtype), total * fade[None, :])
+
+
+@triton.jit
 def _from_stream(
     token, q_weight, k_weight, angle, table, last, k_head, v_head, begin, end, new_place, adds_new, writes_new,
     kv_head, eps, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     DEPENDENT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin to end of one key/value head, tile after tile, on tensor cores: total [M, D], norm and peak [M]."""
+    """Keys begin to end of one key/value head, tile after tile, on tensor cores: total [M, D], norm and peak [M].
+
+    With HELD the first tile is in registers before the wait.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
@@ -235,6 +262,17 @@ def _from_stream(
         q_gamma_other = tl.load(q_weight + other, mask=in_d, other=0.0)
         k_gamma = tl.load(k_weight + d, mask=in_d, other=0.0)
         k_gamma_other = tl.load(k_weight + other, mask=in_d, other=0.0)
+    n = tl.arange(0, BLOCK_N)[:, None]
+    within = n * KV_STRIDE + d if BLOCK_SIZE % BLOCK_N == 0 else d
+    # Values are loaded as columns, for the second product.
+    v_n = tl.arange(0, BLOCK_N)[None, :]
+    v_d = tl.arange(0, BLOCK_D)[:, None]
+    v_within = v_n * KV_STRIDE + v_d if BLOCK_SIZE % BLOCK_N == 0 else v_d
+    if HELD:
+        places = _places(table, last, begin, n, BLOCK_SIZE, BLOCK_N)
+        v_places = _places(table, last, begin, v_n, BLOCK_SIZE, BLOCK_N)
+        k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < end - begin) & in_d, other=0.0)
+        v = tl.load(v_head + v_places * KV_STRIDE + v_within, mask=(v_n < end - begin) & (v_d < HEAD_DIM), other=0.0)
 
     wait_for_previous(DEPENDENT)
     g = tl.arange(0, BLOCK_G)[:, None]
@@ -265,26 +303,16 @@ def _from_stream(
     norm = tl.reshape(tl.broadcast_to(norm[None, :], [REPEAT, BLOCK_G]), [COLUMNS])
     peak = tl.reshape(tl.broadcast_to(peak[None, :], [REPEAT, BLOCK_G]), [COLUMNS])
 
-    n = tl.arange(0, BLOCK_N)[:, None]
-    within = n * KV_STRIDE + d if BLOCK_SIZE % BLOCK_N == 0 else d
-    # Values are loaded as columns, for the second product.
-    v_n = tl.arange(0, BLOCK_N)[None, :]
-    v_d = tl.arange(0, BLOCK_D)[:, None]
-    v_within = v_n * KV_STRIDE + v_d if BLOCK_SIZE % BLOCK_N == 0 else v_d
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        places = _places(table, last, start, n, BLOCK_SIZE, BLOCK_N)
-        v_places = _places(table, last, start, v_n, BLOCK_SIZE, BLOCK_N)
-        k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < end - start) & in_d, other=0.0)
-        v = tl.load(v_head + v_places * KV_STRIDE + v_within, mask=(v_n < end - start) & (v_d < HEAD_DIM), other=0.0)
-        score = dot(k, q, tl.zeros([BLOCK_N, COLUMNS], tl.float32))
-        score = tl.where(n < end - start, score * scale_log2, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, axis=0))
-        pivot = _pivot(new_peak)
-        weight = tl.exp2(score - pivot[None, :])
-        fade = tl.exp2(peak - pivot)
-        norm = norm * fade + tl.sum(weight, axis=0)
-        total = dot(v, weight.to(v.dtype), total * fade[None, :])
-        peak = new_peak
+    start = begin
+    if HELD:
+        peak, norm, total = _attend_tile(q, k, v, end - begin, peak, norm, total, scale_log2, BLOCK_N)
+        start = begin + BLOCK_N
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        places = _places(table, last, first, n, BLOCK_SIZE, BLOCK_N)
+        v_places = _places(table, last, first, v_n, BLOCK_SIZE, BLOCK_N)
+        k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < end - first) & in_d, other=0.0)
+        v = tl.load(v_head + v_places * KV_STRIDE + v_within, mask=(v_n < end - first) & (v_d < HEAD_DIM), other=0.0)
+        peak, norm, total = _attend_tile(q, k, v, end - first, peak, norm, total, scale_log2, BLOCK_N)
     return tl.trans(total), norm, peak
 
 
@@ -611,7 +639,7 @@ def decode_attention_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr, PIECE: tl.constexpr, DOT: tl.constexpr, DEPENDENT: tl.constexpr, OWN: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr,
-    STAGES: tl.constexpr, FRAGMENTS: tl.constexpr, WARPS: tl.constexpr,
+    STAGES: tl.constexpr, FRAGMENTS: tl.constexpr, WARPS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """One row, OWN query heads that share a key/value head, and one split; without DOT one half of the values.
 
@@ -664,7 +692,7 @@ def decode_attention_kernel(
         total, norm, peak = _from_stream(
             token, q_weight, k_weight, angle, table, last, k_head, v_head, begin, tl.minimum(begin + piece, cached),
             new_place, newest, writes_new, kv_head, eps, scale_log2,
-            HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, DEPENDENT, BLOCK_G, BLOCK_N, BLOCK_D, STAGES,
+            HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, DEPENDENT, BLOCK_G, BLOCK_N, BLOCK_D, STAGES, HELD,
         )  # fmt: skip
     else:
         total, norm, peak = _from_registers(
@@ -782,11 +810,14 @@ def candidates(
             if head_dim >= 64 * parts and not few and (number == 1 or programs * number <= FULL_PROGRAMS * 2):
                 found.append(Launch(block_n, number, block_n, num_warps, True, fragments=parts, registers=registers))
     programs = rows * kv_heads
-    for block_n, num_warps, num_stages in ((32, 1, 3), (32, 1, 5), (64, 2, 3), (64, 4, 5), (128, 4, 5)):
+    for block_n, num_warps, num_stages, held in STREAMS[:2] if rows <= REGISTER_ROWS else STREAMS:
         for number in splits(num_warps):
-            few = programs * number < FULL_PROGRAMS // 4 and number < splits(num_warps)[-1]
-            if not few and (number == 1 or programs * number <= FULL_PROGRAMS * 2):
-                found.append(Launch(block_n, number, SPLIT_TOKENS, num_warps, True, num_stages))
+            few = programs * number < FULL_PROGRAMS // 2 and number < splits(num_warps)[-1]
+            if few or (number > 1 and programs * number > FULL_PROGRAMS * 2):
+                continue
+            # Several programs share a short context, or only a longer one.
+            for piece in sorted({SPLIT_TOKENS, max(block_n, SPLIT_TOKENS // number)}):
+                found.append(Launch(block_n, number, piece, num_warps, True, num_stages, held=held))
     return list(dict.fromkeys(found))
 
 
@@ -878,6 +909,7 @@ def decode_attention(
         BLOCK_G=_block_g(own), BLOCK_N=launch.block_n, BLOCK_D=_block_d(head_dim), SLOTS=slots,
         STAGES=launch.num_stages,
         FRAGMENTS=launch.fragments, WARPS=launch.num_warps,
+        HELD=launch.held,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if depends else {}),
         **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import kernels
+from kernels.decode_attention import Launch as AttentionLaunch
 from kernels.decode_attention import workspace
 from kernels.decode_linear import Launch, decode_linear_half_norm
 from kernels.prefill_linear import Launch as PrefillLaunch
@@ -104,6 +105,9 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         decode_linear(20, 100, 34, torch.float16, norm=True)
         for rows in (1, 16, 64, 256):
             decode_attention(torch.bfloat16, rows, 16, 8, 128, 256)
+        decode_attention(
+            torch.bfloat16, 8, 16, 8, 128, 256, AttentionLaunch(64, 4, 64, 2, True, num_stages=3, held=True)
+        )
         decode_attention(torch.float16, 3, 12, 2, 128, 16)
         decode_attention(torch.float32, 2, 4, 2, 20, 64)
         head_and_sample(1, torch.bfloat16)
@@ -207,7 +211,8 @@ def norm_in_halves(
 
 
 def decode_attention(
-    dtype: torch.dtype, rows: int, heads: int, kv_heads: int, head_dim: int, block_size: int
+    dtype: torch.dtype, rows: int, heads: int, kv_heads: int, head_dim: int, block_size: int,
+    launch: AttentionLaunch | None = None,
 ) -> None:  # fmt: skip
     gamma = torch.empty(head_dim, dtype=dtype, device=META)
     cache = torch.empty(8, block_size, kv_heads, head_dim, dtype=dtype, device=META)
@@ -216,6 +221,7 @@ def decode_attention(
         torch.empty(4096, head_dim, device=META), torch.empty(rows, dtype=torch.int32, device=META),
         torch.empty(rows, 4096 // block_size, dtype=torch.int32, device=META), cache, cache,
         heads, kv_heads, head_dim, 1e-6, 0.1, workspace=workspace(rows, heads, head_dim, META), dependent=True,
+        launch=launch,
     )  # fmt: skip
 
 

@@ -121,7 +121,8 @@ LAYOUTS = [(4, 2, 128, 256), (7, 1, 64, 16), (2, 2, 24, 16), (8, 2, 16, 64)]
 
 LAUNCHES = {
     "sum": SUM, "dot": DOT, "held": HELD, "sum8": split(SUM, 8), "dot2": split(DOT, 2),
-    "held2": replace(HELD, splits=2, fragments=2),
+    "held2": replace(HELD, splits=2, fragments=2), "first": replace(DOT, held=True),
+    "first2": replace(DOT, splits=2, held=True),
 }  # fmt: skip
 PAIRS = [(layout, launch, torch.float32) for layout in LAYOUTS for launch in LAUNCHES]
 PAIRS += [
@@ -246,6 +247,7 @@ def test_wrong_arguments(make_case):
         ({"dot": True, "heads": 1}, "for launches without dot"),
         ({"fragments": 1}, "fragments must be 1 or 2, and dot true"),
         ({"dot": True, "fragments": 1, "num_warps": 8}, "16 keys for each of 8 warps, not 64"),
+        ({"held": True}, "held is for a stream"),
     ):
         with pytest.raises(ValueError, match=message):
             Launch(**({"block_n": 64, "splits": 1, "piece": 64, "num_warps": 4, "dot": False} | change))
@@ -254,8 +256,9 @@ def test_wrong_arguments(make_case):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "launch",
-    [replace(SUM, splits=8, heads=1, registers=128), replace(DOT, splits=4), DOT, replace(HELD, splits=4)],
-    ids=["sum8", "dot4", "dot", "held4"],
+    [replace(SUM, splits=8, heads=1, registers=128), replace(DOT, splits=4), DOT, replace(DOT, splits=4, held=True),
+     replace(HELD, splits=4)],
+    ids=["sum8", "dot4", "dot", "first4", "held4"],
 )  # fmt: skip
 def test_dependent_launches_of_a_graph(launch, make_case, device, monkeypatch):
     """Launches that share a workspace, two and two with nothing between: replays equal ordinary ones, bit for bit."""
