@@ -84,7 +84,7 @@ HALF_COLUMNS = 64
 """Over so many columns each, the sums of squares are taken that come with half-normed rows here."""
 PAIRS = (("o", "gate_up"), ("down", "qkv"))
 """Products with a norm between them, of which the tiled kernel can make half in the first, half in the second."""
-PREFILL_SECONDS = 90.0
+PREFILL_SECONDS = 150.0
 """After so long no other candidate of prefill is begun."""
 WORKERS = 14
 TOLERANCE = 1e-2
