@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from engines.base import InputError
+from harness.results import Runs
 from scripts.tables.registry import markdown, table
-from scripts.tables.sources import REFERENCE, run_of, runs
+from scripts.tables.sources import REFERENCE, rows_of, run_of, runs
 
 ENGINES = ("vllm", "nano", "fused")
 
@@ -63,31 +64,40 @@ def throughput_row(throughput: list[dict[str, Any]]) -> list[str]:
 @table("step-history")
 def step_history(folders: str, engine: str = "fused") -> str:
     """Step times of one engine in latency runs on GPUs of one kind: of each of `folders` (joined by commas), oldest
-    first, the last one's over the first one's beside them. InputError: they are of several kinds."""
+    first, the last one's over the first one's beside them. Decode steps by CUPTI: until 2026-11-28 an engine that
+    launches ahead was timed too short. InputError: they are of several kinds."""
     found = [run_of(runs(folder), engine) for folder in folders.split(",")]
     gpus = {run["provenance"]["gpu"]["name"] for run in found}
     if len(gpus) > 1:
         raise InputError(f"Steps on different GPUs are no history: {', '.join(sorted(gpus))}.")
-    times = [_medians(run) for run in found]
+    times = [_medians(run, runs(folder)) for run, folder in zip(found, folders.split(","), strict=True)]
     rows = [
-        [what, *(f"{one[what] / 1e3:.3f}" for one in times), f"{times[-1][what] / times[0][what]:.2f}×"]
+        [
+            what, *(f"{one[what] / 1e3:.3f}" if what in one else "–" for one in times),
+            f"{times[-1][what] / times[0][what]:.2f}×",
+        ]
         for what in times[-1]
-        if all(what in one for one in times)
-    ]
+        if what in times[0]
+    ]  # fmt: skip
     days = [run["started"][:10] for run in found]
     named = ", ".join(f"{day} `{folder}`" for day, folder in zip(days, folders.split(","), strict=True))
     last = found[-1]
     source = (
         f"{engine}, {last['model']}, {last['dtype']}, one {last['provenance']['gpu']['name']} for each run: ms per "
-        f"step, medians, not interleaved. Runs: {named}."
+        f"step, medians, not interleaved; prefill by the host's clock, decode by CUPTI, from the first kernel to the "
+        f"last. Runs: {named}."
     )
     return "\n\n".join([markdown(["step", *days, "last / first"], rows), source])
 
 
-def _medians(run: dict[str, Any]) -> dict[str, float]:
-    """µs by shape, of the steps that were timed."""
-    return {
-        f"{shape['phase']} {shape['batch_size']} × {shape['tokens']:,}": shape["timed"]["wall_us"]
+def _medians(run: dict[str, Any], found: Runs) -> dict[str, float]:
+    """µs by shape: prefill as it was timed, decode as CUPTI saw it."""
+    prefill = {
+        f"prefill {shape['batch_size']} × {shape['tokens']:,}": shape["timed"]["wall_us"]
         for shape in run["shapes"]
-        if shape.get("timed", {}).get("status") == "ok"
+        if shape["phase"] == "prefill" and shape.get("timed", {}).get("status") == "ok"
     }
+    steps = rows_of(found.steps, run)
+    traced = steps[(steps["phase"] == "decode") & (steps["source"] == "cupti") & (steps["status"] == "ok")]
+    decode = traced.groupby(["context_len", "batch_size"])["gpu_us"].median()
+    return prefill | {f"decode {batch} × {context:,}": us for (context, batch), us in decode.items()}

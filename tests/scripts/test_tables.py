@@ -301,22 +301,39 @@ def test_where_kernels_were_recorded_tables_read_them_and_no_events(tmp_path: Pa
 
 
 def test_a_change_of_steps_by_hand(tmp_path: Path) -> None:
-    times = {"first": (2000.0, 1000.0), "second": (1500.0, 1100.0), "third": (1000.0, 1200.0)}
+    times = {"first": (2000.0, 1000.0), "second": (1500.0, None), "third": (1000.0, 1200.0)}
+    prefill_us = {"first": 9000.0, "second": 9500.0, "third": 3000.0}
     for name, us in times.items():
         shapes = [
-            {"phase": "decode", "batch_size": 4, "tokens": 16 * (i + 1), "timed": {"status": "ok", "wall_us": time_us}}
+            {"phase": "prefill", "batch_size": 1, "tokens": 1024, "timed": {"status": "failed"}},
+            {
+                "phase": "prefill", "batch_size": 2, "tokens": 64,
+                "timed": {"status": "ok", "wall_us": prefill_us[name]},
+            },
+        ]  # fmt: skip
+        row = {
+            "engine": "nano", "arm": "default", "phase": "decode", "batch_size": 4, "new_tokens": 4, "mode": "graph",
+            "wall_us": 1.0, "host_us": 0.0, "status": "ok",
+        }  # fmt: skip
+        steps = [
+            row
+            | {"context_len": 16 * (i + 1), "source": source, "iteration": at, "gpu_us": off * at + time_us}
+            | {"instrumented": source == "cupti"}
             for i, time_us in enumerate(us)
+            if time_us is not None
+            for at in (-1, 0, 1)
+            for source, off in (("cupti", 90.0), ("cuda_event", 500.0))
+            if (source, at) != ("cuda_event", -1)
         ]
-        shapes += [{"phase": "prefill", "batch_size": 1, "tokens": 1024, "timed": {"status": "failed"}}]
         provenance = {"gpu": {"name": "Toy"}}
-        write(
-            tmp_path / name, made_up_run(shapes=shapes, started=f"2030-01-0{len(name)}T00:00:00", provenance=provenance)
-        )
+        run = made_up_run(shapes=shapes, started=f"2030-01-0{len(name)}T00:00:00", provenance=provenance)
+        write(tmp_path / name, run, steps=steps)
     made = engines.step_history(f"{tmp_path / 'first'},{tmp_path / 'second'},{tmp_path / 'third'}", engine="nano")
     assert "| step | 2030-01-05 | 2030-01-06 |" in made
     assert cells(made) == [
+        ["prefill 2 × 64", "9.000", "9.500", "3.000", "0.33×"],
         ["decode 4 × 16", "2.000", "1.500", "1.000", "0.50×"],
-        ["decode 4 × 32", "1.000", "1.100", "1.200", "1.20×"],
+        ["decode 4 × 32", "1.000", "–", "1.200", "1.20×"],
     ]
 
 
