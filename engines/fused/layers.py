@@ -5,6 +5,7 @@ The residual stream is `hidden` itself, changed in place; nano's second tensor f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -93,9 +94,20 @@ class Norm(nn.Module):
         super().__init__()
         self._norm = (norm,)
 
+    @property
+    def eps(self) -> float:
+        return self._norm[0].eps
+
     def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
         (norm,) = self._norm
         return kernels.rms_norm(hidden, norm.weight, norm.eps, dependent=depends(context))
+
+    def rest(self, hidden: Tensor, context: StepContext) -> Tensor | HalfNormed:
+        """Rows that were half normed where the product before left them, or all of the norm."""
+        half_normed = None
+        if isinstance(context, FusedContext):
+            half_normed, context.half_normed = context.half_normed, None
+        return self(hidden, context) if half_normed is None else half_normed
 
 
 class SiluMul(nn.Module):
@@ -152,18 +164,23 @@ class AddedLinear(nn.Module):
     Before a norm and linear layer of which the tiled kernel is the faster way too, it makes half of that norm.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, many_rows: bool) -> None:
         super().__init__()
         self._linear = (linear,)
         self._next: tuple[NormLinear, ...] = ()
+        self._next_of_many: Callable[[Tensor, StepContext], bool] | None = None
+        self.many_rows = many_rows
 
-    def lead_to(self, following: NormLinear) -> None:
-        """Nothing but `following` reads the residual stream before it is added to again."""
-        self._next = (following,)
+    def lead_to(self, following: NormLinear, of_many: Callable[[Tensor, StepContext], bool] | None = None) -> None:
+        """Nothing but `following`, or the product of prefill in its place, reads the residual stream before it is added
+        to again. `of_many` says of the stream and a step whether that product, which can complete a norm, is next."""
+        self._next, self._next_of_many = (following,), of_many
 
     def forward(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         (linear,) = self._linear
-        if not as_in_decode(context) or not product_is_fused(x, linear.weight, False):
+        if not as_in_decode(context):
+            return self._add_many(x, hidden, context)
+        if not product_is_fused(x, linear.weight, False):
             return hidden.addmm_(x, linear.weight.t())
         following = self._next
         if following and following[0].takes_half(x) and best_is_tiled(*shape_of(x.shape[0], linear.weight, False)):
@@ -172,6 +189,20 @@ class AddedLinear(nn.Module):
             )
             return hidden
         return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=context.dependent)
+
+    def _add_many(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
+        """In prefill."""
+        weight = self._linear[0].weight
+        launch = prefill_launch("prefill_added", x, weight, context) if self.many_rows else None
+        if launch is None:
+            return hidden.addmm_(x, weight.t())
+        completes = self._next_of_many if x.dtype != torch.float16 else None
+        if isinstance(context, FusedContext) and completes is not None and completes(hidden, context):
+            gamma = self._next[0].norm_weight
+            context.half_normed = kernels.prefill_added(x, weight, hidden, gamma, launch, dependent=context.dependent)
+        else:
+            kernels.prefill_added(x, weight, hidden, launch=launch, dependent=depends(context))
+        return hidden
 
 
 class RopeCache(nn.Module):
@@ -210,15 +241,20 @@ class QkvRope(nn.Module):
         heads = a.heads, a.kv_heads, a.dim
         return launch is not None and takes_heads(*heads) and holds_heads(launch, *heads)
 
-    def forward(self, normed: Tensor, positions: Tensor, context: StepContext) -> Rotated:
-        """q [tokens, heads, dim]; and k, v [tokens, kv_heads, dim] where attention may use them without the cache."""
+    def forward(self, normed: Tensor | HalfNormed, positions: Tensor, context: StepContext, norm_eps: float) -> Rotated:
+        """q [tokens, heads, dim]; and k, v [tokens, kv_heads, dim] where attention may use them without the cache.
+
+        `norm_eps` is that of the norm which half-normed rows still want to be completed.
+        """
         (a,) = self._attention
         wants_kv = context.cu_seqlens_k is not None
+        rows = normed.rows if isinstance(normed, HalfNormed) else normed
         result: Any = kernels.prefill_qkv_rope(
             normed, a.qkv_proj.weight, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None,
             a.rotary.table, positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
             a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, bias=a.qkv_proj.bias, return_kv=wants_kv,
-            launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context), dependent=depends(context),
+            launch=prefill_launch("prefill_qkv_rope", rows, a.qkv_proj.weight, context), dependent=depends(context),
+            norm_eps=norm_eps,
         )  # fmt: skip
         return result if wants_kv else (result, None, None)
 
@@ -234,10 +270,11 @@ class GateUp(nn.Module):
         """How one kernel is the faster way; None where it is not."""
         return prefill_launch("prefill_gate_up", x, self._linear[0].weight, context)
 
-    def forward(self, normed: Tensor, context: StepContext) -> Tensor:
-        """[tokens, inter]."""
-        launch = self.launch(normed, context)
-        return kernels.prefill_gate_up(normed, self._linear[0].weight, launch, dependent=depends(context))
+    def forward(self, normed: Tensor | HalfNormed, context: StepContext, norm_eps: float) -> Tensor:
+        """[tokens, inter]; `norm_eps` as of `QkvRope`."""
+        launch = self.launch(normed.rows if isinstance(normed, HalfNormed) else normed, context)
+        weight = self._linear[0].weight
+        return kernels.prefill_gate_up(normed, weight, launch, dependent=depends(context), eps=norm_eps)
 
 
 class PrefillAttention(nn.Module):
@@ -303,17 +340,18 @@ class FusedLayer(nn.Module):
         self.prefill_attention = PrefillAttention(attention)
         self.rope_cache = RopeCache(attention)
         self.qkv_rope = QkvRope(attention)
-        self.added_o = AddedLinear(attention.o_proj)
+        many_rows = "prefill_epilogues" in features
+        self.added_o = AddedLinear(attention.o_proj, many_rows)
         self.norm_gate_up = NormLinear(layer.post_attention_layernorm, mlp.gate_up_proj, gated=True)
         self.gate_up = GateUp(mlp.gate_up_proj)
-        self.added_down = AddedLinear(mlp.down_proj)
+        self.added_down = AddedLinear(mlp.down_proj, many_rows)
         if {"half_norm", "norm_gate_up"} <= features:
-            self.added_o.lead_to(self.norm_gate_up)
+            self.added_o.lead_to(self.norm_gate_up, self._gates_at_once)
 
     def followed_by(self, layer: FusedLayer) -> None:
         """`layer` comes next."""
         if {"half_norm", "norm_qkv"} <= self.features:
-            self.added_down.lead_to(layer.norm_qkv)
+            self.added_down.lead_to(layer.norm_qkv, layer._projects_at_once)
 
     @property
     def cache(self) -> KVWrite:
@@ -322,10 +360,10 @@ class FusedLayer(nn.Module):
     def forward(self, hidden: Tensor, residual: None, positions: Tensor, context: StepContext) -> tuple[Tensor, None]:
         attention, mlp = self.plain.self_attn, self.plain.mlp
         qkv: Tensor | Rotated
-        if "norm_qkv" in self.features and self.norm_qkv.takes(hidden, context, self.max_prefill_rows):
+        if self._norms_in(self.norm_qkv, "norm_qkv", hidden, context):
             qkv = self.norm_qkv(hidden, context)
         elif self._rotates_at_once(hidden, context):
-            qkv = self.qkv_rope(self.input_norm(hidden, context), positions, context)
+            qkv = self.qkv_rope(self.input_norm.rest(hidden, context), positions, context, self.input_norm.eps)
         else:
             qkv = attention.qkv_proj(self.input_norm(hidden, context))
         if self.last and isinstance(context, PrefillContext):
@@ -333,13 +371,27 @@ class FusedLayer(nn.Module):
         else:
             attended = self._attend(qkv, positions, context)
         hidden = self._added(self.added_o, attention.o_proj, attended, hidden, context)
-        if "norm_gate_up" in self.features and self.norm_gate_up.takes(hidden, context, self.max_prefill_rows):
+        if self._norms_in(self.norm_gate_up, "norm_gate_up", hidden, context):
             gated = self.norm_gate_up(hidden, context)
-        elif "prefill_epilogues" in self.features and self.gate_up.launch(hidden, context) is not None:
-            gated = self.gate_up(self.post_norm(hidden, context), context)
+        elif self._gates_at_once(hidden, context):
+            gated = self.gate_up(self.post_norm.rest(hidden, context), context, self.post_norm.eps)
         else:
             gated = self.silu_mul(mlp.gate_up_proj(self.post_norm(hidden, context)), context)
         return self._added(self.added_down, mlp.down_proj, gated, hidden, context), None
+
+    def _norms_in(self, product: NormLinear, feature: str, hidden: Tensor, context: StepContext) -> bool:
+        """Whether one kernel makes the norm and `product`."""
+        return feature in self.features and product.takes(hidden, context, self.max_prefill_rows)
+
+    def _projects_at_once(self, hidden: Tensor, context: StepContext) -> bool:
+        """Whether the layer begins with the projection that rotates too."""
+        return not self._norms_in(self.norm_qkv, "norm_qkv", hidden, context) and self._rotates_at_once(hidden, context)
+
+    def _gates_at_once(self, hidden: Tensor, context: StepContext) -> bool:
+        """Whether gate and up projection make the activation too, behind a norm."""
+        if "prefill_epilogues" not in self.features or self.gate_up.launch(hidden, context) is None:
+            return False
+        return not self._norms_in(self.norm_gate_up, "norm_gate_up", hidden, context)
 
     def _rotates_at_once(self, hidden: Tensor, context: StepContext) -> bool:
         """Whether the projection's kernel rotates and writes the cache; short prompts' attention would do that too."""
