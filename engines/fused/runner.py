@@ -64,7 +64,7 @@ class FusedRunner(ModelRunner):
         logits = self._decode(len(sequences), max(len(s) for s in sequences) + 1)
         if any(cuts(s.sampling) for s in sequences):
             self._draw_again(sequences, logits)
-        flight = self.state.take_off()
+        flight = self.state.flight(sequences)
         if self.keep_logits:
             self.kept_logits = logits.to("cpu", torch.float32, copy=True)  # the next step writes to the same memory
         return flight
