@@ -54,7 +54,6 @@ class LLM(NanoLLM):
 
     def add(self, request: Request) -> Sequence:
         sequence = super().add(request)
-        self.runner.prompts.add(sequence)
         seed = request.sampling.seed
         sequence.seed = (self._seeds.getrandbits(SEED_BITS) if seed is None else seed) % (1 << SEED_BITS)
         return sequence

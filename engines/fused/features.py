@@ -25,7 +25,7 @@ FEATURES = {
     "and down_proj+residual in one kernel each",
     "half_norm": "many rows: o_proj and down_proj also make half of the norm that comes next",
     "prefill_products": "captured prefill steps of few tokens: products as decode makes them",
-    "head": "decode: final_norm+lm_head and the sampler's sums in one kernel",
+    "head": "decode, captured prefill steps: final_norm+lm_head and the sampler's sums in one kernel",
     "last_rows": "prefill: after its keys, the last layer goes on with the rows to draw from alone",
     "prefill_graphs": "prefill steps of few tokens are captured graphs too",
 }

@@ -53,10 +53,12 @@ class PrefillContext(FusedContext):
 
     tail: the step that these rows make, their keys and values in the cache; but its `slot_mapping` is of all tokens
     few: so few tokens that decode's kernels are worth a try for its products
+    stream: memory for the residual stream of these rows [sequences, hidden], which the step leaves there; None: any
     """
 
     tail: StepContext | None = None
     few: bool = False
+    stream: Tensor | None = None
 
 
 def depends(context: StepContext) -> bool:
@@ -430,7 +432,8 @@ class FusedLayer(nn.Module):
             attended = self.plain.self_attn.attention(q, None, None, context.tail)
         else:
             attended = self._attend(qkv, positions, context).index_select(0, context.last_tokens)
-        return hidden.index_select(0, context.last_tokens), attended, context.tail
+        rows = torch.index_select(hidden, 0, context.last_tokens, out=context.stream)
+        return rows, attended, context.tail
 
     def _added(self, added: AddedLinear, linear: nn.Linear, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         """The residual stream with the output of `linear` added."""

@@ -9,18 +9,25 @@ beside them, because attention kernels that read whole tiles multiply masked val
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Listing
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engines.fused.draw import Draw
 from engines.fused.layers import DecodeContext, PrefillContext
-from engines.fused.prefill import count, shapes, step_of, views
+from engines.fused.prefill import Inputs, aligned, count, shapes, step_of, views, write
+from engines.fused.state import Rows
+from engines.nano.graphs import DecodeGraphs
 from engines.nano.models.decoder import Decoder
-from engines.nano.prefill import PrefillInputs
+from engines.nano.sequence import Sequence
 
 TOKEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Reading the weights bounds steps up to about 256 tokens, and padding costs nothing; above, it costs its share. Up to
@@ -41,113 +48,150 @@ def token_sizes(max_tokens: int) -> tuple[int, ...]:
 
 class PrefillBuffers:
     """Inputs of a prefill step at fixed addresses, int32, padded to one of `sizes` tokens (ascending, each above 1) and
-    to `max_sequences` sequences and the padding's. They go over in a single copy from pinned memory.
+    to `max_sequences` sequences and the padding's. They go over in a single copy from pinned memory, behind what
+    drawing reads of the sequences' `rows`.
 
     `dependent`: kernels that can may be launched dependently, as in decode. Steps of up to `few` tokens try decode's
     kernels for their products.
     """
 
     def __init__(
-        self, sizes: Sequence[int], max_sequences: int, max_blocks: int, device: torch.device, dependent: bool = False,
+        self, sizes: Listing[int], max_sequences: int, max_blocks: int, device: torch.device, dependent: bool = False,
         few: int = 0,
     ) -> None:  # fmt: skip
         self.sizes = tuple(sizes)
         self.max_sequences, self.max_blocks, self.dependent, self.few = max_sequences, max_blocks, dependent, few
-        self.numbers = torch.zeros(count(self._shapes(self.sizes[-1])), dtype=torch.int32, device=device)
+        lines = (Rows.LINES, max_sequences)
+        self._start = aligned(prod(lines))  # of the step's own inputs
+        lengths = {size: self._start + count(self._shapes(size)) for size in self.sizes}
+        self.numbers = torch.zeros(lengths[self.sizes[-1]], dtype=torch.int32, device=device)
+        self.rows = Rows(self.numbers[: prod(lines)].view(lines))
+        host = torch.zeros(len(self.numbers), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._copies = {size: (self.numbers[:length], host[:length]) for size, length in lengths.items()}
+        self._host_rows = host.numpy()[: prod(lines)].reshape(lines)
+        self._host_inputs = {size: views(host.numpy()[self._start :], self._shapes(size)) for size in self.sizes}
+        self._host_inputs[self.sizes[0]].of_each[:] = np.arange(max_sequences + 1)  # the same in steps of all sizes
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
-    def fits(self, inputs: PrefillInputs) -> bool:
+    def fits(self, sequences: list[Sequence]) -> bool:
         """Whether the step can be padded: no sequence has earlier tokens, and there are not too many of either."""
-        tokens, sequences = len(inputs.token_ids), len(inputs.seqlens_k)
-        if not inputs.nothing_cached or tokens > self.sizes[-1] or sequences > self.max_sequences:
+        tokens = sum(s.num_scheduled for s in sequences)
+        if tokens > self.sizes[-1] or len(sequences) > self.max_sequences or any(s.num_cached for s in sequences):
             return False
         size = self._size(tokens)
         return size <= TOKEN_SIZES[-1] or tokens >= FULL * size
 
-    def fill(self, inputs: PrefillInputs) -> int:
-        """Write a step that `fits`; returns the size that it is padded to."""
-        tokens, sequences = len(inputs.token_ids), len(inputs.seqlens_k)
-        size = self._size(tokens)
-        parts = self._shapes(size)
-        # From torch's cache of pinned memory, which keeps it from being written again before it is copied.
-        host = torch.zeros(count(parts), dtype=torch.int32, pin_memory=self.numbers.is_cuda)
-        cu_seqlens_q, cu_seqlens_k, seqlens_k, last_tokens, of_each, tables, token_ids, positions, slots = views(
-            host.numpy(), parts
-        )
-        cu_seqlens_q[: sequences + 1] = inputs.cu_seqlens_q
-        cu_seqlens_q[sequences + 1 :] = tokens  # missing sequences are empty
-        cu_seqlens_k[:] = cu_seqlens_q  # the padding has no keys
-        cu_seqlens_q[-1] = size
-        seqlens_k[:sequences] = inputs.seqlens_k
-        last_tokens[:sequences] = inputs.cu_seqlens_q[1:] - 1
-        of_each[:] = np.arange(self.max_sequences + 1)
-        tables[:sequences, : inputs.block_tables.shape[1]] = inputs.block_tables
-        token_ids[:tokens] = inputs.token_ids
-        positions[:tokens] = inputs.positions
-        slots[:tokens] = inputs.slot_mapping
-        slots[tokens:] = -1  # writes nothing
-        self.numbers[: len(host)].copy_(host, non_blocking=True)
-        return size
+    def fill(self, sequences: list[Sequence], block_size: int) -> Padded:
+        """Write a step that `fits` to memory of the host."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the step before is read by now, unless it failed
+        size = self._size(sum(s.num_scheduled for s in sequences))
+        self.rows.write(self._host_rows, sequences, [len(s) - 1 for s in sequences])
+        to, rows = self._host_inputs[size], len(sequences)
+        tokens = write(sequences, block_size, to)
+        to.cu_seqlens_q[rows + 1 :] = tokens  # missing sequences are empty
+        to.cu_seqlens_k[:] = to.cu_seqlens_q  # the padding has no keys
+        to.cu_seqlens_q[-1] = size
+        to.seqlens_k[rows:] = to.last_tokens[rows:] = 0
+        # What a step of another size has left there can be no token and no position.
+        to.token_ids[tokens:] = to.positions[tokens:] = 0
+        to.slot_mapping[tokens:] = -1  # writes nothing
+        return Padded(size, rows)
+
+    def upload(self, size: int) -> None:
+        """Bring what was filled to the device."""
+        numbers, host = self._copies[size]
+        numbers.copy_(host, non_blocking=True)
+
+    def uploaded(self) -> None:
+        """To be called after it, and after the step's launch, which should not wait for this."""
+        if self._copied is not None:
+            self._copied.record()
 
     def clear(self, size: int) -> None:
-        """Make it a step of no sequences, which reads and writes nothing of the cache."""
+        """Make it a step of no sequences, which draws nothing and reads and writes nothing of the cache."""
         self.numbers.zero_()
-        views(self.numbers, self._shapes(size))[-1].fill_(-1)
+        self.rows.positions.fill_(-1)
+        views(self.numbers[self._start :], self._shapes(size)).slot_mapping.fill_(-1)
 
-    def inputs(self, size: int) -> tuple[Tensor, Tensor, PrefillContext]:
-        """Token ids [size], positions [size] and context, whose rows to draw from are [max_sequences]."""
+    def inputs(self, size: int, stream: Tensor | None = None) -> tuple[Tensor, Tensor, PrefillContext]:
+        """Token ids [size], positions [size] and context, whose rows to draw from are [max_sequences]; their residual
+        stream is left in `stream`, if given."""
         inputs = step_of(
-            self.numbers, self._shapes(size), True, size, size, tail=DecodeContext, dependent=self.dependent
-        )
-        inputs[2].few = size <= self.few
+            self.numbers[self._start :], self._shapes(size), True, size, size, tail=DecodeContext,
+            dependent=self.dependent,
+        )  # fmt: skip
+        inputs[2].few, inputs[2].stream = size <= self.few, stream
         return inputs
 
     def _size(self, tokens: int) -> int:
         return self.sizes[bisect_left(self.sizes, tokens)]
 
-    def _shapes(self, size: int) -> tuple[tuple[int, ...], ...]:
+    def _shapes(self, size: int) -> Inputs:
         return shapes(self.max_sequences + 1, self.max_sequences, self.max_blocks, size)
 
 
-class PrefillGraphs:
-    """The model's prefill step (embedding to final norm, and each sequence's last row of it) captured for each size of
-    `buffers`, sharing one memory pool: `pool`, where other graphs have one that never run beside these.
+@dataclass(slots=True)
+class Padded:
+    """A step in the host's memory of `PrefillBuffers`: `size` tokens with its padding, and the rows to draw from."""
 
-    The head runs outside, for as many rows as there are sequences: its one launch is made while the graph runs.
+    size: int
+    rows: int
+
+
+class PrefillGraphs:
+    """The model's prefill step in two graphs that share one memory pool: `pool`, where other graphs have one that never
+    run beside these. One, for each size of `buffers`, is of embedding and layers. It leaves the residual stream of the
+    rows to draw from in `stream` [max_sequences, hidden], where the other goes on, for each number of rows: `draw`.
+
     With `max_fused_rows`, norm and linear are one kernel in graphs of up to so many tokens, whatever the layers' own
     limit, which weighs the host's launches too.
     """
 
     def __init__(
-        self, model: Decoder, buffers: PrefillBuffers, max_fused_rows: int | None = None, pool: Any = None
+        self, model: Decoder, draw: Draw, buffers: PrefillBuffers, max_fused_rows: int | None = None, pool: Any = None
     ) -> None:
         self.model = model
         self.buffers = buffers
+        self.stream = model.model.norm.weight.new_zeros(buffers.max_sequences, model.config.hidden_size)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.outputs: dict[int, Tensor] = {}
         pool = pool or torch.cuda.graph_pool_handle()
         with fused_up_to(model.layers, max_fused_rows):
             for size in reversed(buffers.sizes):  # the largest first: the others fit into its memory
                 self._capture(size, pool)
+        self.ends = DecodeGraphs(
+            lambda rows: draw(self.stream[:rows], buffers.rows), partial(buffers.clear, buffers.sizes[0]),
+            buffers.max_sequences, pool,
+        )  # fmt: skip
 
-    def fits(self, inputs: PrefillInputs) -> bool:
+    def fits(self, sequences: list[Sequence]) -> bool:
         """Whether `run` can take the step; others run launch by launch."""
-        return self.buffers.fits(inputs)
+        return self.buffers.fits(sequences)
 
-    def run(self, inputs: PrefillInputs) -> Tensor:
-        """Logits [sequences, vocab] of each sequence's last token."""
-        size = self.buffers.fill(inputs)
-        self.graphs[size].replay()
-        return self.model.lm_head(self.outputs[size][: len(inputs.seqlens_k)])
+    def run(self, step: Padded) -> Tensor:
+        """Launch it; logits [sequences, vocab] of each sequence's last token, until the next step."""
+        self.buffers.upload(step.size)
+        self.graphs[step.size].replay()
+        self.buffers.uploaded()
+        return self.ends.replay(step.rows)
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> None:
         self.buffers.clear(size)  # what capture and its warm-up compute is never read
-        inputs = self.buffers.inputs(size)
-        self.model(*inputs)  # compiles, loads modules and picks algorithms, none of which a capture may do
+        inputs = self.buffers.inputs(size, self.stream)
+        run_layers(self.model, *inputs)  # compiles, loads modules and picks algorithms, none of which a capture may do
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):  # gives the memory of the run before back to the GPU first
-            self.outputs[size] = self.model(*inputs)
+            run_layers(self.model, *inputs)
         self.graphs[size] = graph
+
+
+def run_layers(model: Decoder, token_ids: Tensor, positions: Tensor, context: PrefillContext) -> None:
+    """A step up to the final norm, of which the context's `stream` is left."""
+    hidden, residual = model.model.embed_tokens(token_ids), None
+    for layer in model.layers:
+        hidden, residual = layer(hidden, residual, positions, context)
+    assert hidden is context.stream, "the residual stream of the rows to draw from must be changed in place"
 
 
 @contextmanager

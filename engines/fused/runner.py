@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +13,20 @@ from engines.base import EngineConfig, HostPhases, SamplingParams, Site
 from engines.fused.decode import DecodeStep, Graphs
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
-from engines.fused.prefill import Prompts, upload
-from engines.fused.prefill_graphs import FEW_TOKENS, MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
-from engines.fused.state import DecodeState, Flight
+from engines.fused.prefill import HostInputs
+from engines.fused.prefill_graphs import FEW_TOKENS, MAX_SEQUENCES, Padded, PrefillBuffers, PrefillGraphs, token_sizes
+from engines.fused.state import DecodeState, Flight, Rows
 from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
 from engines.nano.model_runner import ModelRunner
-from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from kernels.decode_attention import workspace
 
 
 class FusedRunner(ModelRunner):
-    """`run` is nano's; `launch` starts a decode step and leaves its tokens to be read later."""
+    """nano's, but that `launch` starts a decode step and leaves its tokens to be read later."""
 
     def __init__(self, config: EngineConfig, options: FusedOptions) -> None:
         self.options = options
-        self.prompts = Prompts()
         super().__init__(config, options, lambda _runner: self._fuse())
 
     def _fuse(self) -> None:
@@ -62,38 +61,54 @@ class FusedRunner(ModelRunner):
         """Draw the next token of each of `sequences`; those in `unread` go on from the token that is drawn there."""
         self.state.arrange(sequences, unread)
         logits = self._decode(len(sequences), max(len(s) for s in sequences) + 1)
+        return self._take_off(sequences, logits, self.state)
+
+    @torch.inference_mode()
+    def run(self, sequences: list[Sequence], is_prefill: bool) -> list[int]:
+        if not is_prefill:
+            return self.launch(sequences).read()
+        inputs = self._inputs(sequences)
+        logits = self._prefill(inputs)
+        self.state.forget()
+        if isinstance(inputs, Padded):
+            return self._take_off(sequences, logits, self.graphs.prefill.buffers.rows).read()
+        return self._sample(sequences, logits)
+
+    def _take_off(self, sequences: list[Sequence], logits: Tensor, rows: Rows) -> Flight:
+        """End what was launched for the first `rows`, which have drawn from `logits`."""
         if any(cuts(s.sampling) for s in sequences):
-            self._draw_again(sequences, logits)
-        flight = self.state.take_off()
+            self._draw_again(sequences, logits, rows)
+        flight = rows.flight(sequences)
         if self.keep_logits:
             self.kept_logits = logits.to("cpu", torch.float32, copy=True)  # the next step writes to the same memory
         return flight
-
-    def run(self, sequences: list[Sequence], is_prefill: bool) -> list[int]:
-        return super().run(sequences, True) if is_prefill else self.launch(sequences).read()
 
     def _decode(self, rows: int, longest: int) -> Tensor:
         if self.graphs is not None and rows <= self.graphs.largest:
             return self.graphs.replay(rows)
         return self.step(rows, longest)
 
-    def _inputs(self, sequences: list[Sequence]) -> PrefillInputs:
-        return self.prompts.inputs(sequences, self.block_size)
-
-    def _prefill(self, inputs: PrefillInputs) -> Tensor:
+    def _inputs(self, sequences: list[Sequence]) -> Any:
+        """`Padded` of a prefill step that has a graph, else `HostInputs`."""
         graphs = self.graphs.prefill if self.graphs is not None else None
-        if graphs is not None and graphs.fits(inputs):
-            return graphs.run(inputs)
-        return self.model.lm_head(self.model(*upload(inputs, self.device)))
+        if graphs is not None and graphs.fits(sequences):
+            return graphs.buffers.fill(sequences, self.block_size)
+        return HostInputs.of(sequences, self.block_size, self.device)
 
-    def _draw_again(self, sequences: list[Sequence], logits: Tensor) -> None:
+    def _prefill(self, inputs: Any) -> Tensor:
+        if isinstance(inputs, Padded):
+            return self.graphs.prefill.run(inputs)
+        return self.model.lm_head(self.model(*inputs.upload(self.device)))
+
+    def _draw_again(self, sequences: list[Sequence], logits: Tensor, rows: Rows) -> None:
         """Some rows want top_k or top_p, which the step knows nothing of: draw once more from what they leave."""
-        rows, s = len(sequences), self.state
+        count = len(sequences)
         # The step has moved the state on; this is the draw that it made.
-        self._choose(sequences, logits, s.positions[:rows] - 1, s.tokens[:rows], s.ring, s.steps[:rows] - 1)
+        positions, steps = rows.positions[:count] - 1, rows.steps[:count] - 1
+        self._choose(sequences, logits, positions, rows.tokens[:count], rows.ring, steps)
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
-        """Tokens after a prefill: drawn as in decode, so that a request's tokens depend on its seed alone."""
+        """Tokens after a prefill without a graph, drawn as in decode: a request's tokens depend on its seed alone."""
         positions = self._put([len(s) - 1 for s in sequences], torch.int32)
         tokens, steps = torch.empty_like(positions), torch.zeros_like(positions)
         self._choose(sequences, logits, positions, tokens, tokens.new_empty(1, len(sequences)), steps)
@@ -132,7 +147,7 @@ class FusedRunner(ModelRunner):
                 tokens, sequences, self.max_blocks, self.device, "dependent" in self.features,
                 FEW_TOKENS if "prefill_products" in self.features else 0,
             )  # fmt: skip
-            graphs.prefill = PrefillGraphs(self.model, buffers, pool=graphs.pool)
+            graphs.prefill = PrefillGraphs(self.model, self.step.draw, buffers, pool=graphs.pool)
         return graphs
 
     def host_phases(self) -> HostPhases:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+from itertools import islice
 
 from engines.nano.sequence import Sequence
 
@@ -50,8 +50,7 @@ class BlockManager:
         for block in prefix:
             self.ref_counts[block] += 1
             self.free.pop(block, None)
-        fresh = [self._take() for _ in range(self.blocks_for(len(sequence)) - len(prefix))]
-        sequence.block_table = prefix + fresh
+        sequence.block_table = prefix + self._take(self.blocks_for(len(sequence)) - len(prefix))
         sequence.num_cached = len(prefix) * self.block_size
         return True
 
@@ -65,15 +64,15 @@ class BlockManager:
     def append(self, sequence: Sequence) -> None:
         """Make room for the newest token of `sequence`."""
         if len(sequence.block_table) * self.block_size < len(sequence):
-            sequence.block_table.append(self._take())
+            sequence.block_table += self._take(1)
 
     def append_ahead(self, sequences: list[Sequence]) -> bool:
         """Make room in each for one token more than it has yet; False, and nothing done, if there are not enough."""
         full = [s for s in sequences if len(s.block_table) * self.block_size == len(s)]
         if len(full) > len(self.free):
             return False
-        for sequence in full:
-            sequence.block_table.append(self._take())
+        for sequence, block in zip(full, self._take(len(full)), strict=True):
+            sequence.block_table.append(block)
         return True
 
     def publish(self, sequence: Sequence) -> None:
@@ -104,19 +103,21 @@ class BlockManager:
         shared = sum(self.ref_counts[block] > 0 for block in prefix)
         return self.blocks_for(len(sequence)) - shared <= len(self.free)
 
-    def _take(self) -> int:
-        block = next(iter(self.free))
-        del self.free[block]
-        digest = self.hash_of[block]
-        if digest is not None:
-            del self.block_of[digest]
-            self.hash_of[block] = None
-        self.ref_counts[block] = 1
-        return block
+    def _take(self, count: int) -> list[int]:
+        """The `count` blocks freed longest ago, found in one go: the way to the first leads past all taken before."""
+        blocks = list(islice(self.free, count))
+        for block in blocks:
+            del self.free[block]
+            digest = self.hash_of[block]
+            if digest is not None:
+                del self.block_of[digest]
+                self.hash_of[block] = None
+            self.ref_counts[block] = 1
+        return blocks
 
     def _hash_up_to(self, sequence: Sequence, num_blocks: int) -> None:
         hashes, size = sequence.block_hashes, self.block_size
         for index in range(len(hashes), num_blocks):
-            tokens = array("q", sequence.token_ids[index * size : (index + 1) * size])
+            tokens = sequence.token_ids[index * size : (index + 1) * size]
             parent = hashes[-1] if hashes else b""
             hashes.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())

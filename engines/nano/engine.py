@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 import kernels
@@ -131,12 +132,16 @@ class LLM(OfflineCalls):
                 f"Request {request.request_id} has a prompt of {prompt} tokens; with one token of output at least, "
                 f"the longest that fits is {self.capacity.max_model_len - 1}."
             )
-        vocab_size = self.runner.model_config.vocab_size
-        if not (min(request.prompt_token_ids) >= 0 and max(request.prompt_token_ids) < vocab_size):
-            raise InputError(f"Request {request.request_id} has token ids outside the vocabulary of {vocab_size}.")
         if request.sampling.max_tokens > room:
             request = replace(request, sampling=replace(request.sampling, max_tokens=room))
-        sequence = Sequence(request)
+        vocab_size = self.runner.model_config.vocab_size
+        try:
+            sequence = Sequence(request)
+            known = np.frombuffer(sequence.token_ids, np.uint64).max() < vocab_size  # a negative one is huge then
+        except OverflowError:  # one of more than 64 bits
+            known = False
+        if not known:
+            raise InputError(f"Request {request.request_id} has token ids outside the vocabulary of {vocab_size}.")
         self.scheduler.add(sequence)
         return sequence
 

@@ -114,18 +114,21 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """A decode step captured for each number of rows up to `max_rows` in BATCH_SIZES, sharing one memory pool.
+    """A decode step captured for each number of rows up to `max_rows` in BATCH_SIZES, sharing one memory pool: `pool`,
+    where other graphs have one that never run beside these.
 
     step: launches it for so many rows and returns its output [rows, ...]
     clear: makes what it reads a step of no sequences: what capture and its warm-up compute is never read
     """
 
-    def __init__(self, step: Callable[[int], Tensor], clear: Callable[[], None], max_rows: int) -> None:
+    def __init__(
+        self, step: Callable[[int], Tensor], clear: Callable[[], None], max_rows: int, pool: Any = None
+    ) -> None:
         largest = min(max_rows, BATCH_SIZES[-1])
         self.sizes = [size for size in BATCH_SIZES if size < largest] + [largest]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.outputs: dict[int, Tensor] = {}
-        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.pool = pool or torch.cuda.graph_pool_handle()
         for rows in reversed(self.sizes):  # the largest first: the others fit into its memory
             self._capture(step, clear, rows)
 

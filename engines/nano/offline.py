@@ -216,7 +216,7 @@ class _Growing:
     def next_output(self) -> StreamOutput:
         sequence = self.sequence
         self.given += 1
-        tokens = sequence.token_ids[sequence.num_prompt : sequence.num_prompt + self.given]
+        tokens = sequence.output_token_ids[: self.given]
         delta = self.text.push(tokens[-1])
         finish_reason = None if self.behind else sequence.finish_reason or None
         if finish_reason:

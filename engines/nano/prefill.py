@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ class PrefillInputs:
 
     @classmethod
     def of(cls, sequences: list[Sequence], block_size: int) -> PrefillInputs:
-        token_ids: list[int] = []
+        token_ids = array("q")
         positions, slots = [], []
         lengths_q, lengths_k = [], []
         tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int32)

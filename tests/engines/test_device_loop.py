@@ -219,12 +219,12 @@ def test_rows_follow_the_sequences():
     state.tokens[:2] = torch.tensor([60, 70])  # what the step draws
     state.positions[:2] += 1
     state.steps += 1
-    flight = state.take_off()
+    flight = state.flight([a, b])
     a.block_table = [0, 4]
     state.arrange([a, b], flight)  # the same rows: nothing but the new block
     assert state.tokens.tolist()[:2] == [60, 70] and state.positions.tolist()[:2] == [2, 1]
     assert state.block_tables.tolist()[:2] == [[0, 4, 0], [1, 0, 0]]
-    second = state.take_off()
+    second = state.flight([a, b])
     state.tokens[:2] = torch.tensor([61, 71])
     b.token_ids.append(70)  # the first flight is read, the second is not
     state.arrange([b, c], second)

@@ -57,6 +57,17 @@ def test_prompt_longer_than_the_model():
         engines.nano.LLM(reference.TINY, max_model_len=100_000)
 
 
+@pytest.mark.parametrize("package", LLMS)
+@pytest.mark.parametrize("token_id", [-1, 260, 2**31, 2**32 + 1, 2**63, 2**64 + 1, -(2**63), -(2**70)])
+def test_a_token_outside_the_vocabulary(package, token_id):
+    """Whatever a number of 32 or 64 bits would make of it, anywhere in the prompt; nothing is queued."""
+    llm = package.LLM(reference.TINY, max_model_len=32)
+    for prompt in ([token_id], [5, token_id, 5]):
+        with pytest.raises(InputError, match="request 0 has token ids outside the vocabulary of 260"):
+            llm.add(reference.requests([prompt], 2)[0])
+    assert not llm.has_unfinished()
+
+
 def test_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         engines.nano.LLM(tmp_path)

@@ -6,7 +6,8 @@ tests/gpu/test_prefill_graphs.py does the same with graphs.
 from __future__ import annotations
 
 import sys
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,9 @@ import kernels
 from engines.base import Request, SamplingParams
 from engines.fused import LLM as Fused
 from engines.fused.features import FEATURES
-from engines.fused.prefill_graphs import PrefillBuffers, fused_up_to, token_sizes
+from engines.fused.prefill import HostInputs
+from engines.fused.prefill_graphs import Padded, PrefillBuffers, PrefillGraphs, fused_up_to, run_layers, token_sizes
+from engines.fused.state import STAGES
 from engines.nano.layers.attention import torch_attention
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
@@ -55,7 +58,7 @@ def unwritten_rows_attention(q, k, v, k_cache, v_cache, context, scale):
 
 
 @cache
-def make_inputs(lengths, blocks):
+def make_step(lengths, blocks):
     """A prefill of ordinary text, its cache blocks in no order, and what transformers says comes next."""
     free = np.random.default_rng(sum(lengths)).permutation(blocks).tolist()
     sequences, expected = [], []
@@ -65,7 +68,7 @@ def make_inputs(lengths, blocks):
         sequence.block_table = [free.pop() for _ in range(-(-len(prompt) // 16))]
         sequences.append(sequence)
         expected.append(reference.logits(tuple(prompt), (0,)))
-    return PrefillInputs.of(sequences, 16), torch.cat(expected)
+    return sequences, torch.cat(expected)
 
 
 def make_buffers(runner):
@@ -75,12 +78,18 @@ def make_buffers(runner):
     return buffers
 
 
+def fill(buffers, sequences):
+    """What a captured model call is given."""
+    assert buffers.fits(sequences)
+    size = buffers.fill(sequences, 16).size
+    buffers.upload(size)
+    return buffers.inputs(size)
+
+
 @torch.inference_mode()
-def padded_logits(runner, inputs):
-    buffers = make_buffers(runner)
-    assert buffers.fits(inputs)
-    step = buffers.inputs(buffers.fill(inputs))
-    return runner.model.lm_head(runner.model(*step)[: len(inputs.seqlens_k)])
+def padded_logits(runner, sequences):
+    step = fill(make_buffers(runner), sequences)
+    return runner.model.lm_head(runner.model(*step)[: len(sequences)])
 
 
 def assert_close(logits, expected):
@@ -103,19 +112,19 @@ def unforgiving(runner, monkeypatch):
 
 @pytest.mark.parametrize("lengths", STEPS, ids=str)
 def test_logits_are_the_references(unforgiving, lengths):
-    inputs, expected = make_inputs(lengths, unforgiving.num_blocks)
-    assert_close(padded_logits(unforgiving, inputs), expected)
+    sequences, expected = make_step(lengths, unforgiving.num_blocks)
+    assert_close(padded_logits(unforgiving, sequences), expected)
 
 
 @pytest.mark.parametrize("lengths", STEPS, ids=str)
 def test_through_the_cache(runner, lengths):
     """The backends that read keys from the cache through block tables; the cache holds nothing but this step."""
-    inputs, expected = make_inputs(lengths, runner.num_blocks)
+    sequences, expected = make_step(lengths, runner.num_blocks)
     runner.cache.fill_(float("nan"))
-    assert_close(padded_logits(runner, inputs), expected)
+    assert_close(padded_logits(runner, sequences), expected)
     written = ~runner.cache.isnan().flatten(4).any(-1)  # [2, layers, blocks, block_size]
     slots = torch.zeros(runner.num_blocks * 16, dtype=torch.bool)
-    slots[inputs.slot_mapping] = True
+    slots[PrefillInputs.of(sequences, 16).slot_mapping] = True
     assert torch.equal(written, slots.view(-1, 16).expand_as(written))
 
 
@@ -123,9 +132,9 @@ def test_through_the_cache(runner, lengths):
 def test_interpreted_kernels():
     with kernels.use("triton"):
         runner = Fused(reference.config(options={"attention_backend": "triton"})).runner
-        inputs, expected = make_inputs((3, 18), runner.num_blocks)
+        sequences, expected = make_step((3, 18), runner.num_blocks)
         runner.cache.fill_(float("nan"))
-        assert_close(padded_logits(runner, inputs), expected)
+        assert_close(padded_logits(runner, sequences), expected)
 
 
 def test_a_step_of_no_sequences_leaves_the_cache_alone(runner):
@@ -141,8 +150,7 @@ def test_a_step_of_no_sequences_leaves_the_cache_alone(runner):
 
 def test_padding_has_no_keys(runner):
     """Attention takes as long as the step's own tokens need."""
-    buffers = make_buffers(runner)
-    context = buffers.inputs(buffers.fill(make_inputs((5, 18), runner.num_blocks)[0]))[2]
+    context = fill(make_buffers(runner), make_step((5, 18), runner.num_blocks)[0])[2]
     assert context.cu_seqlens_q.tolist() == [0, 5, 23, 23, 23, 32]
     assert context.cu_seqlens_k.tolist() == [0, 5, 23, 23, 23, 23]
     assert context.seqlens_k.tolist() == [5, 18, 0, 0, 0]
@@ -150,7 +158,7 @@ def test_padding_has_no_keys(runner):
 
 def test_smallest_size_that_holds_the_step(runner):
     buffers = make_buffers(runner)
-    sizes = {n: buffers.fill(make_inputs((n,), runner.num_blocks)[0]) for n in (1, 16, 17, 64, 65, 128)}
+    sizes = {n: buffers.fill(make_step((n,), runner.num_blocks)[0], 16).size for n in (1, 16, 17, 64, 65, 128)}
     assert sizes == {1: 16, 16: 16, 17: 32, 64: 64, 65: 128, 128: 128}
 
 
@@ -163,7 +171,7 @@ def test_sizes_end_at_the_largest_step():
 
 def test_a_large_graph_runs_full_steps_only(runner, monkeypatch):
     monkeypatch.setattr(MODULE, "TOKEN_SIZES", (16, 32, 64))
-    fits = [make_buffers(runner).fits(make_inputs((n,), runner.num_blocks)[0]) for n in (64, 65, 125, 126, 128)]
+    fits = [make_buffers(runner).fits(make_step((n,), runner.num_blocks)[0]) for n in (64, 65, 125, 126, 128)]
     assert fits == [True, False, False, True, True]
 
 
@@ -171,7 +179,7 @@ def test_a_large_graph_runs_full_steps_only(runner, monkeypatch):
     "lengths, fits", [((128,), True), ((129,), False), ((1,) * 4, True), ((1,) * 5, False), ((64, 65), False)]
 )
 def test_steps_that_fit(runner, lengths, fits):
-    assert make_buffers(runner).fits(make_inputs(lengths, runner.num_blocks)[0]) == fits
+    assert make_buffers(runner).fits(make_step(lengths, runner.num_blocks)[0]) == fits
 
 
 @torch.inference_mode()
@@ -180,13 +188,14 @@ def test_steps_of_a_budget_of_one_token_are_padded(monkeypatch):
     runner = Fused(reference.config(max_num_batched_tokens=1)).runner
     captured = []
     monkeypatch.setattr("engines.fused.runner.Graphs", lambda *_: SimpleNamespace(pool=None))
-    monkeypatch.setattr("engines.fused.runner.PrefillGraphs", lambda _model, buffers, **_: captured.append(buffers))
+    monkeypatch.setattr(
+        "engines.fused.runner.PrefillGraphs", lambda _model, _draw, buffers, **_: captured.append(buffers)
+    )
     monkeypatch.setattr(runner, "features", runner.features | {"prefill_graphs"})
     runner._capture()
     (buffers,) = captured
-    inputs, expected = make_inputs((1,), runner.num_blocks)
-    assert buffers.fits(inputs)
-    step = buffers.inputs(buffers.fill(inputs))
+    sequences, expected = make_step((1,), runner.num_blocks)
+    step = fill(buffers, sequences)
     assert not step[2].is_decode
     assert_close(runner.model.lm_head(runner.model(*step)[:1]), expected)
 
@@ -194,34 +203,183 @@ def test_steps_of_a_budget_of_one_token_are_padded(monkeypatch):
 def test_a_cached_prefix_does_not_fit(runner):
     sequence = Sequence(Request("", tuple(range(40)), SamplingParams()))
     sequence.num_cached, sequence.num_scheduled, sequence.block_table = 16, 24, [0, 1, 2]
-    assert not make_buffers(runner).fits(PrefillInputs.of([sequence], 16))
+    assert not make_buffers(runner).fits([sequence])
 
 
 def test_limit_of_fused_rows_holds_only_within():
     options = {"max_fused_prefill_rows": 20, "features": ("-prefill_products",)}
     runner = Fused(reference.config(options=options)).runner
-    inputs, expected = make_inputs((30,), runner.num_blocks)
+    sequences, expected = make_step((30,), runner.num_blocks)
     fused_rows = []
     for layer in runner.model.layers:
         layer.norm_qkv.register_forward_hook(lambda _module, args, _out: fused_rows.append(len(args[0])))
     for limit, ran in ((None, []), (32, [32] * len(runner.model.layers)), (31, [])):
         with fused_up_to(runner.model.layers, limit):
-            assert_close(padded_logits(runner, inputs), expected)
+            assert_close(padded_logits(runner, sequences), expected)
         assert fused_rows == ran
         fused_rows.clear()
     assert [layer.max_prefill_rows for layer in runner.model.layers] == [20] * len(runner.model.layers)
 
 
 def test_the_last_layer_goes_on_with_the_rows_to_draw_from(runner):
-    inputs, _ = make_inputs((5, 11), runner.num_blocks)
+    sequences, _ = make_step((5, 11), runner.num_blocks)
     attended, ended = [], []
     first, last = runner.model.layers[0], runner.model.layers[-1]
     for layer in (first, last):
         layer.plain.self_attn.attention.register_forward_hook(lambda _module, args, _out: attended.append(len(args[0])))
         layer.added_down.register_forward_hook(lambda _module, args, _out: ended.append(len(args[0])))
-    runner._prefill(inputs)
+    runner._prefill(runner._inputs(sequences))
     assert ended == [16, 2]
     if "prefill_attention" not in runner.features:
         assert attended == ([16, 2] if "last_rows" in runner.features else [16, 16])
     else:
         assert attended == []
+
+
+class LaunchedGraphs(PrefillGraphs):
+    """Runs launch by launch what a GPU would replay."""
+
+    def __init__(self, runner) -> None:
+        self.model, self.draw, self.buffers = runner.model, runner.step.draw, make_buffers(runner)
+        self.stream = torch.full((MAX_SEQUENCES, self.model.config.hidden_size), float("nan"))
+        self.graphs = {size: SimpleNamespace(replay=partial(self.launch, size)) for size in SIZES}
+        self.ends = SimpleNamespace(replay=self.end)
+        self.sizes = []
+
+    def launch(self, size):
+        self.sizes.append(size)
+        run_layers(self.model, *self.buffers.inputs(size, self.stream))
+
+    def end(self, rows):
+        return self.draw(self.stream[: bucket(rows)], self.buffers.rows)[:rows]
+
+
+def bucket(rows):
+    """Of at most MAX_SEQUENCES."""
+    return next(size for size in (1, 2, 4) if size >= rows)
+
+
+@pytest.fixture
+def graphs(runner, monkeypatch):
+    graphs = LaunchedGraphs(runner)
+    monkeypatch.setattr(runner, "graphs", SimpleNamespace(prefill=graphs, largest=0))
+    return graphs
+
+
+HOT = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True)
+SAMPLINGS = (replace(HOT, temperature=4.0), replace(HOT, temperature=0.0), HOT, replace(HOT, temperature=10.0))
+
+
+def seeded(sequences, round_):
+    """Each with settings and a seed of its own, large ones too."""
+    for row, sequence in enumerate(sequences):
+        sequence.sampling = SAMPLINGS[(row + round_) % 4]
+        sequence.seed = ((round_ << 58) + 1000 * round_ + row) % (1 << 63)
+    return sequences
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lengths", STEPS, ids=str)
+def test_draws_are_those_of_a_step_launch_by_launch(runner, graphs, lengths):
+    """More steps than the ring has rows; of it nothing is written but the step's own rows and their padding."""
+    count, rows = len(lengths), bucket(len(lengths))
+    drawn = set()
+    for round_ in range(STAGES + 2):
+        sequences = seeded(make_step(lengths, runner.num_blocks)[0], round_)
+        graphs.buffers.rows.ring.fill_(-7)
+        step = runner._inputs(sequences)
+        logits = runner._prefill(step)
+        tokens = graphs.buffers.rows.flight(sequences).read()
+        assert isinstance(step, Padded)
+        assert tokens == runner._draw(sequences, logits).tolist()
+        ring = graphs.buffers.rows.ring.tolist()
+        assert ring.pop(round_ % STAGES) == tokens + [0] * (rows - count) + [-7] * (MAX_SEQUENCES - rows)
+        assert ring == [[-7] * MAX_SEQUENCES] * (STAGES - 1)
+        drawn |= set(tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "graphs", None)
+            step = runner._inputs(sequences)
+            assert isinstance(step, HostInputs)
+            assert_close(logits, runner._prefill(step))
+            assert tokens == runner.run(sequences, True)
+    assert len(drawn) > 2
+
+
+def test_rows_to_draw_from(runner):
+    buffers = make_buffers(runner)
+    sequences = seeded(make_step((5, 11, 2), runner.num_blocks)[0], 3)
+    fill(buffers, sequences)
+    rows = buffers.rows
+    assert rows.seeds.tolist() == [*[s.seed for s in sequences], 0]
+    assert rows.temperatures.tolist() == pytest.approx([*[s.sampling.temperature for s in sequences], 0])
+    assert rows.positions.tolist() == [4, 10, 1, -1]
+    assert rows.steps.tolist() == [0] * 4
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")
+def test_draws_of_interpreted_kernels():
+    """Of a head in one kernel and apart."""
+    for features in (tuple(FEATURES), ("-head",)):
+        with kernels.use("triton"), torch.inference_mode():
+            runner = Fused(reference.config(options={"features": features, "attention_backend": "triton"})).runner
+            sequences, expected = make_step((3, 18, 1), runner.num_blocks)
+            seeded(sequences, 1)
+            launched = runner.run(sequences, True)
+            graphs = LaunchedGraphs(runner)
+            runner.graphs = SimpleNamespace(prefill=graphs, largest=0)
+            logits = runner._prefill(runner._inputs(sequences))
+            assert graphs.buffers.rows.flight(sequences).read() == launched
+            assert_close(logits, expected)
+
+
+def test_requests_through_captured_steps(monkeypatch):
+    """Cut prompts, cached prefixes, top_k and top_p beside rows without: the tokens of steps launch by launch."""
+    prompts = reference.text_prompts((3, 17, 40, 70, 33))
+    hottest = replace(HOT, temperature=10.0)
+    samplings = (HOT, replace(hottest, top_k=9), replace(HOT, temperature=0.0), replace(hottest, top_p=0.6), hottest)
+    samplings = [replace(sampling, seed=seed) for seed, sampling in enumerate(samplings)]
+    requests = [Request(f"{i}", tuple(p), s) for i, (p, s) in enumerate(zip(prompts, samplings, strict=True))]
+    requests += [replace(request, request_id=f"{request.request_id} again") for request in requests]
+    tokens, kinds = [], []
+    for captured in (False, True):
+        llm = Fused(reference.config(max_num_batched_tokens=64, prefix_caching=True))
+        if captured:
+            llm.runner.graphs = SimpleNamespace(prefill=LaunchedGraphs(llm.runner), largest=0)
+            run = llm.runner._prefill
+            monkeypatch.setattr(llm.runner, "_prefill", lambda step: kinds.append(type(step)) or run(step))  # noqa: B023
+        tokens.append([result.token_ids for result in llm.serve(requests)])
+    assert tokens[0] == tokens[1]
+    assert set(kinds) == {Padded, HostInputs}
+
+
+def test_logits_of_captured_steps(monkeypatch):
+    llm = Fused(reference.config())
+    llm.runner.graphs = SimpleNamespace(prefill=LaunchedGraphs(llm.runner), largest=0)
+    prompts = reference.text_prompts((3, 17, 40))
+    for scored in llm.score(reference.requests(prompts, 3)):
+        assert_close(scored.logits, reference.logits(scored.prompt_token_ids, scored.token_ids))
+    assert llm.runner.graphs.prefill.sizes == [64]
+
+
+def test_a_failed_draw_leaves_nothing_behind(monkeypatch):
+    """The step's inputs were uploaded and its tokens drawn; run again, it draws the same ones."""
+    llm = Fused(reference.config())
+    llm.runner.graphs = SimpleNamespace(prefill=LaunchedGraphs(llm.runner), largest=0)
+    prompts = reference.text_prompts((3, 17, 40))
+    requests = reference.requests(prompts, 6, temperature=1.5, top_k=8, seed=5)
+    expected = [result.token_ids for result in llm.serve(requests)]
+    choose, calls = llm.runner._choose, []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("made up")
+        choose(*arguments)
+
+    monkeypatch.setattr(llm.runner, "_choose", fail_once)
+    sequences = [llm.add(request) for request in requests]
+    with pytest.raises(torch.OutOfMemoryError):
+        llm.advance()
+    while llm.has_unfinished():
+        llm.advance()
+    assert [tuple(s.output_token_ids) for s in sequences] == expected

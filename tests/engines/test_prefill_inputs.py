@@ -1,4 +1,4 @@
-"""Inputs of a prefill step made without loops: nano's, number by number, wherever a sequence stands in its blocks."""
+"""Inputs of a prefill step, written where they are copied from: nano's, number by number."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engines.base import Request, SamplingParams
-from engines.fused.prefill import Prompts, upload
+from engines.fused.prefill import HostInputs, views
+from engines.fused.prefill_graphs import PrefillBuffers
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 
 BLOCK = 16
+CPU = torch.device("cpu")
 
 
 def sequence_of(cached: int, new: int, total: int, drawn: int = 0) -> Sequence:
@@ -37,22 +41,21 @@ STEPS = [
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
-@pytest.mark.parametrize("known", [True, False], ids=["arrived", "never seen"])
-def test_equal_to_nanos(step, known):
-    sequences, prompts = [sequence_of(*sizes) for sizes in step], Prompts()
-    for sequence in sequences if known else ():
-        prompts.add(sequence)
-    made, expected = prompts.inputs(sequences, BLOCK), PrefillInputs.of(sequences, BLOCK)
-    for name in (field.name for field in fields(PrefillInputs)):
-        np.testing.assert_array_equal(getattr(made, name), getattr(expected, name), name)
+def test_equal_to_nanos(step):
+    sequences = [sequence_of(*sizes) for sizes in step]
+    made, expected = HostInputs.of(sequences, BLOCK, CPU), PrefillInputs.of(sequences, BLOCK)
+    inputs = views(made.numbers.numpy(), made.parts)
+    for name in ("token_ids", "positions", "slot_mapping", "cu_seqlens_q", "seqlens_k", "block_tables"):
+        np.testing.assert_array_equal(getattr(inputs, name), getattr(expected, name), name)
+    for name in ("nothing_cached", "max_seqlen_q", "max_seqlen_k"):
+        assert getattr(made, name) == getattr(expected, name), name
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_upload(step):
     sequences = [sequence_of(*sizes) for sizes in step]
-    inputs = PrefillInputs.of(sequences, BLOCK)
-    token_ids, positions, context = upload(inputs, torch.device("cpu"))
-    expected_ids, expected_positions, expected = inputs.upload(torch.device("cpu"))
+    token_ids, positions, context = HostInputs.of(sequences, BLOCK, CPU).upload(CPU)
+    expected_ids, expected_positions, expected = PrefillInputs.of(sequences, BLOCK).upload(CPU)
     assert torch.equal(token_ids.long(), expected_ids) and torch.equal(positions.long(), expected_positions)
     for name in (field.name for field in fields(expected)):
         ours, theirs = getattr(context, name), getattr(expected, name)
@@ -66,10 +69,48 @@ def test_upload(step):
     assert tail.max_seqlen_k == expected.max_seqlen_k
 
 
-def test_a_prompt_is_forgotten_with_its_sequence():
-    prompts = Prompts()
-    sequence = sequence_of(0, 4, 4)
-    prompts.add(sequence)
-    assert len(prompts._arrays) == 1
-    del sequence
-    assert len(prompts._arrays) == 0
+LENGTHS = st.lists(st.one_of(st.integers(1, 3 * BLOCK), st.sampled_from([BLOCK, 2 * BLOCK])), min_size=1, max_size=5)
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=4))
+def test_buffers_hold_what_nano_would_upload(steps):
+    """Step after step through the same memory; what a step leaves there is nothing to the next."""
+    buffers = PrefillBuffers((16, 64, 300), 5, 4, CPU)
+    for step, lengths in enumerate(steps):
+        sequences = [sequence_of(0, length, length) for length in lengths]
+        assert buffers.fits(sequences)
+        size = buffers.fill(sequences, BLOCK).size
+        buffers.numbers.fill_(2**30)
+        buffers.upload(size)
+        expected, count = PrefillInputs.of(sequences, BLOCK), len(sequences)
+        tokens = len(expected.token_ids)
+        assert size == next(size for size in buffers.sizes if size >= tokens)
+        token_ids, positions, context = buffers.inputs(size)
+        padding = size - tokens
+        assert token_ids.tolist() == [*expected.token_ids, *[0] * padding]
+        assert positions.tolist() == [*expected.positions, *[0] * padding]
+        assert context.slot_mapping.tolist() == [*expected.slot_mapping, *[-1] * padding]
+        missing = 5 - count
+        assert context.cu_seqlens_k.tolist() == [*expected.cu_seqlens_q, *[tokens] * (missing + 1)]
+        assert context.cu_seqlens_q.tolist() == [*expected.cu_seqlens_q, *[tokens] * missing, size]
+        assert context.seqlens_k.tolist() == [*expected.seqlens_k, *[0] * (missing + 1)]
+        assert context.last_tokens.tolist() == [*expected.cu_seqlens_q[1:] - 1, *[0] * missing]
+        for row, sequence in enumerate(sequences):
+            table = sequence.block_table
+            assert context.block_tables[row, : len(table)].tolist() == table
+        assert context.block_tables.max() < 64
+        tail = context.tail
+        assert tail.is_decode and tail.cu_seqlens_q.tolist() == list(range(6))
+        assert tail.seqlens_k.tolist() == context.seqlens_k[:5].tolist()
+        assert buffers.rows.positions.tolist() == [*[length - 1 for length in lengths], *[-1] * missing]
+        assert buffers.rows.steps.tolist() == [step] * 5
+        buffers.rows.flight(sequences)
+
+
+@pytest.mark.parametrize("cached", [1, BLOCK, BLOCK + 3])
+def test_buffers_take_no_cached_tokens(cached):
+    """Prompts of which some is in the cache go the other way, alone and beside others."""
+    buffers = PrefillBuffers((16, 64, 300), 5, 4, CPU)
+    whole, rest = sequence_of(0, 20, 20), sequence_of(cached, 3, cached + 3)
+    assert buffers.fits([whole]) and buffers.fits([whole, whole])
+    assert not buffers.fits([rest]) and not buffers.fits([whole, rest])

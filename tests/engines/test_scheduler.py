@@ -145,7 +145,7 @@ class Traffic(RuleBasedStateMachine):
         assert sum(sequence.num_scheduled for sequence in sequences) <= self.budget
         for sequence in sequences:
             left = len(self.tokens[sequence.request_id]) - sequence.num_cached
-            assert sequence.token_ids == self.tokens[sequence.request_id]
+            assert sequence.token_ids.tolist() == self.tokens[sequence.request_id]
             assert 1 <= sequence.num_scheduled <= left
             assert is_prefill or left == 1
 

@@ -1,4 +1,5 @@
-"""Captured prefill steps: the logits of transformers and of the same step launch by launch, whatever ran before.
+"""Captured prefill steps: logits of transformers, logits and tokens of the same step launch by launch, whatever ran
+before.
 
 Run as a program it says for each size of step what capture, replay and a whole step take, with norm and linear as one
 kernel and apart:
@@ -11,6 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,11 +21,12 @@ import torch
 from engines.base import EngineConfig, Request, SamplingParams
 from engines.fused import LLM, layers
 from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
+from engines.fused.state import STAGES
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from kernels.prefill_linear import Launch
 from tests.engines import reference
-from tests.engines.test_prefill_graphs import FEW, SIZES, STEPS, make_inputs
+from tests.engines.test_prefill_graphs import FEW, SIZES, STEPS, make_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -46,7 +49,13 @@ def runner(request):
 def graphs(runner, request):
     fused_rows, few = request.param
     buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device, dependent=True, few=few)
-    return PrefillGraphs(runner.model, buffers, max_fused_rows=fused_rows)
+    return PrefillGraphs(runner.model, runner.step.draw, buffers, max_fused_rows=fused_rows)
+
+
+def run(graphs, sequences):
+    """Logits of a captured step."""
+    assert graphs.fits(sequences)
+    return graphs.run(graphs.buffers.fill(sequences, 16))
 
 
 def error(logits, expected):
@@ -61,29 +70,29 @@ def poison(graphs, blocks):
     kept = weight.clone()
     weight.fill_(float("nan"))
     for size in SIZES:
-        graphs.run(make_inputs((size,), blocks)[0])
+        assert run(graphs, make_step((size,), blocks)[0]).isnan().all()
     weight.copy_(kept)
-    assert all(rows[0].isnan().all() for rows in graphs.outputs.values())
+    assert graphs.stream[0].isnan().all()
 
 
 @torch.inference_mode()
 def test_replays(runner, graphs):
     of_reference, of_launches = PRECISION[str(runner.dtype).removeprefix("torch.")]
     for lengths in (*STEPS, *reversed(STEPS)):  # each after a larger and after a smaller one
-        inputs, expected = make_inputs(lengths, runner.num_blocks)
+        sequences, expected = make_step(lengths, runner.num_blocks)
         expected = expected.cuda()
         runner.cache.zero_()
-        launched = runner._prefill(inputs).float()
+        launched = runner._prefill(runner._inputs(sequences)).float()
         cached = runner.cache.clone()
         poison(graphs, runner.num_blocks)
         runner.cache.fill_(float("nan"))
-        logits = graphs.run(inputs)
+        logits = run(graphs, sequences)
         assert error(launched, expected) < of_reference, lengths
         assert error(logits, expected) < of_reference, lengths
         assert error(logits, launched) < of_launches, lengths
         written = ~runner.cache.flatten(2, 3).isnan()
         slots = torch.zeros(written.shape[2], dtype=torch.bool, device="cuda")
-        slots[torch.from_numpy(inputs.slot_mapping).long().cuda()] = True
+        slots[torch.from_numpy(PrefillInputs.of(sequences, 16).slot_mapping).long().cuda()] = True
         assert torch.equal(written.flatten(3).all(-1), slots.expand(written.shape[:3])), lengths
         assert torch.equal(written.flatten(3).any(-1), slots.expand(written.shape[:3])), lengths
         assert error(runner.cache.flatten(2, 3)[:, :, slots], cached.flatten(2, 3)[:, :, slots].float()) < of_launches
@@ -91,10 +100,11 @@ def test_replays(runner, graphs):
 
 @torch.inference_mode()
 def test_steps_in_flight_do_not_share_their_inputs(runner, graphs):
-    """All launched before any is read, behind a kernel that keeps the GPU busy."""
-    steps = [make_inputs(lengths, runner.num_blocks) for lengths in STEPS]
+    """All launched before any is read, the first behind a kernel that keeps the GPU busy: what is in the host's memory
+    has been copied before the next step is written to it."""
+    steps = [make_step(lengths, runner.num_blocks) for lengths in STEPS]
     torch.cuda._sleep(50_000_000)
-    logits = [graphs.run(inputs) for inputs, _ in steps]
+    logits = [run(graphs, sequences).clone() for sequences, _ in steps]
     of_reference, _ = PRECISION[str(runner.dtype).removeprefix("torch.")]
     for got, (_, expected) in zip(logits, steps, strict=True):
         assert error(got, expected.cuda()) < of_reference
@@ -108,16 +118,98 @@ def test_products_with_their_ends(runner, monkeypatch):
     monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: asked.append(kernel) or launches[kernel])
     monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
     buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device)
-    graphs = PrefillGraphs(runner.model, buffers, max_fused_rows=0)
+    graphs = PrefillGraphs(runner.model, runner.step.draw, buffers, max_fused_rows=0)
     assert set(asked) == set(launches)
     of_reference, _ = PRECISION[str(runner.dtype).removeprefix("torch.")]
     for lengths in STEPS:
-        inputs, expected = make_inputs(lengths, runner.num_blocks)
-        if graphs.fits(inputs):
-            assert error(graphs.run(inputs), expected.cuda()) < of_reference
+        sequences, expected = make_step(lengths, runner.num_blocks)
+        if graphs.fits(sequences):
+            assert error(run(graphs, sequences), expected.cuda()) < of_reference
 
 
-def random_inputs(tokens: int, sequences: int, block_size: int, vocab: int) -> PrefillInputs:
+LENGTHS = (3, 17, 40, 1, 16, 33, 8, 5, 21, 2, 61, 9, 30, 12, 7, 15)
+HOT = SamplingParams(temperature=3.0, max_tokens=6, ignore_eos=True)
+SAMPLINGS = {
+    "greedy": [replace(HOT, temperature=0.0)],
+    "sampled": [HOT, replace(HOT, temperature=0.8), replace(HOT, temperature=10.0)],
+    "with top_k and top_p": [HOT, replace(HOT, top_k=9), replace(HOT, temperature=0.0), replace(HOT, top_p=0.6)],
+}
+
+
+@pytest.fixture(scope="module", params=["head in one kernel", "head apart"])
+def engines(request):
+    """With graphs and launch by launch."""
+    apart = {} if request.param == "head in one kernel" else {"features": ["-head"]}
+    made = [
+        LLM(
+            reference.config(
+                options=apart | {"enforce_eager": eager}, device="cuda", dtype="float32", kv_cache_tokens=4096,
+                max_num_seqs=16, max_num_batched_tokens=512,
+            )
+        )
+        for eager in (False, True)
+    ]  # fmt: skip
+    yield made
+    for engine in made:
+        engine.close()
+
+
+def asked(count, samplings):
+    prompts = reference.text_prompts(LENGTHS[:count], seed=count)
+    return [
+        Request(f"{row}", tuple(prompt), replace(samplings[row % len(samplings)], seed=(row << 59) + 7 * row))
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize("samplings", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_tokens_are_those_of_steps_launch_by_launch(engines, count, samplings, monkeypatch):
+    """Often enough that the ring comes round; the first tokens, which prefill draws, and some of decode."""
+    captured, eager = engines
+    replayed, replay = [], captured.runner.graphs.prefill.run
+    monkeypatch.setattr(captured.runner.graphs.prefill, "run", lambda step: replayed.append(step.rows) or replay(step))
+    requests = asked(count, samplings)
+    expected = [result.token_ids for result in eager.serve(requests)]
+    for _ in range(STAGES + 1):
+        assert [result.token_ids for result in captured.serve(requests)] == expected
+    assert replayed == [count] * (STAGES + 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize("samplings", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_draws_from_the_same_logits(engines, count, samplings):
+    """What the graph draws is what separate launches draw from the logits that it leaves; rows of padding draw 0, and
+    of the ring nothing else is written."""
+    runner = engines[0].runner
+    graphs = runner.graphs.prefill
+    rows, bucket = graphs.buffers.rows, next(size for size in graphs.ends.sizes if size >= count)
+    sequences = [engines[0].add(request) for request in asked(count, samplings)]
+    assert engines[0].scheduler.schedule() == (sequences, True)
+    torch.cuda.synchronize()
+    rows.ring.fill_(-7)
+    stage = rows.launched % STAGES
+    logits = runner._prefill(runner._inputs(sequences))
+    kept = logits.clone()
+    tokens = runner._take_off(sequences, logits, rows).read()
+    assert torch.equal(kept, logits)
+    assert tokens == runner._draw(sequences, logits).tolist()
+    ring = rows.ring.tolist()
+    assert ring.pop(stage) == tokens + [0] * (bucket - count) + [-7] * (16 - bucket)
+    assert ring == [[-7] * 16] * (STAGES - 1)
+    engines[0].abort([request.request_id for request in asked(count, samplings)])
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_logits_that_are_kept(engines, count):
+    """Of steps of every number of rows, one after the other."""
+    for scored in engines[0].score(asked(count, SAMPLINGS["greedy"])):
+        expected = reference.logits(scored.prompt_token_ids, scored.token_ids)
+        assert error(scored.logits, expected) < PRECISION["float32"][0]
+
+
+def random_step(tokens: int, sequences: int, block_size: int, vocab: int) -> list[Sequence]:
     made, block = [], 0
     for length in [tokens // sequences] * sequences:
         token_ids = torch.randint(vocab, (length,)).tolist()
@@ -125,7 +217,7 @@ def random_inputs(tokens: int, sequences: int, block_size: int, vocab: int) -> P
         sequence.num_scheduled = length
         sequence.block_table = list(range(block, block := block - (-length // block_size)))
         made.append(sequence)
-    return PrefillInputs.of(made, block_size)
+    return made
 
 
 def gpu_ms(call) -> float:
@@ -146,10 +238,17 @@ def wall_ms(call) -> float:
     def once() -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        call().argmax(-1).tolist()
+        call()
         return 1000 * (time.perf_counter() - start)
 
     return statistics.median(once() for _ in range(REPEATS))
+
+
+def step_through(graphs: PrefillGraphs, sequences: list[Sequence], block_size: int) -> list[int]:
+    """From the sequences to their tokens on the host."""
+    buffers = graphs.buffers
+    graphs.run(buffers.fill(sequences, block_size))
+    return buffers.rows.flight(sequences).read()
 
 
 @torch.inference_mode()
@@ -173,22 +272,22 @@ def main(model: str = "qwen3-0.6b") -> None:
     print("".join(f"{name:>12}" for name in columns), flush=True)
     for size in token_sizes(tokens):
         buffers = PrefillBuffers((size,), MAX_SEQUENCES, runner.max_blocks, runner.device)
-        inputs = random_inputs(size, 1, runner.block_size, conf.vocab_size)
-        many = random_inputs(size, 16, runner.block_size, conf.vocab_size)
+        single = random_step(size, 1, runner.block_size, conf.vocab_size)
+        many = random_step(size, 16, runner.block_size, conf.vocab_size)
         for max_fused_rows in (size, 0):  # compiles
-            PrefillGraphs(runner.model, buffers, max_fused_rows)
-        one = PrefillGraphs(runner.model, buffers, size)
+            PrefillGraphs(runner.model, runner.step.draw, buffers, max_fused_rows)
+        one = PrefillGraphs(runner.model, runner.step.draw, buffers, size)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        two = PrefillGraphs(runner.model, buffers, 0)
+        two = PrefillGraphs(runner.model, runner.step.draw, buffers, 0)
         torch.cuda.synchronize()
         capture_ms = 1000 * (time.perf_counter() - start)
-        buffers.fill(inputs)
+        buffers.upload(buffers.fill(single, runner.block_size).size)
         replays = [gpu_ms(graphs.graphs[size].replay) for graphs in (one, two)]
-        buffers.fill(many)
+        buffers.upload(buffers.fill(many, runner.block_size).size)
         replays.append(gpu_ms(two.graphs[size].replay))
-        steps = [wall_ms(partial(graphs.run, inputs)) for graphs in (one, two)]
-        launched = wall_ms(partial(runner._prefill, inputs))
+        steps = [wall_ms(partial(step_through, graphs, single, runner.block_size)) for graphs in (one, two)]
+        launched = wall_ms(lambda: runner.run(single, True))  # noqa: B023
         print(f"{size:>12}" + "".join(f"{ms:>12.3f}" for ms in (capture_ms, *replays, *steps, launched)), flush=True)
         del one, two
     for attempt in ("all sizes", "again"):
@@ -196,7 +295,7 @@ def main(model: str = "qwen3-0.6b") -> None:
         before = torch.cuda.memory_reserved()
         start = time.perf_counter()
         buffers = PrefillBuffers(token_sizes(tokens), MAX_SEQUENCES, runner.max_blocks, runner.device)
-        graphs = PrefillGraphs(runner.model, buffers)
+        graphs = PrefillGraphs(runner.model, runner.step.draw, buffers)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         torch.cuda.empty_cache()
