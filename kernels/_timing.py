@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels._triton import HAVE_TRITON, triton
+
 REPLAYS = 11
+CANNOT_RUN: tuple[type[Exception], ...] = (RuntimeError,)  # the driver's refusals
+if HAVE_TRITON:
+    CANNOT_RUN += (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

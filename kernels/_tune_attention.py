@@ -23,7 +23,15 @@ from torch import Tensor
 from kernels import choices, decode_linear, qk_norm_rope_cache
 from kernels._timing import poisoned, relative_error, time_graph_us
 from kernels._triton import triton
-from kernels.decode_attention import Launch, candidates, decode_attention, default_launch, reference, workspace
+from kernels.decode_attention import (
+    Launch,
+    candidates,
+    decode_attention,
+    default_launch,
+    reference,
+    shape_key,
+    workspace,
+)
 
 LAYERS = 28
 CACHE_BYTES = 256 << 20
@@ -32,6 +40,13 @@ BLOCK_SIZE = 256
 HIDDEN = 1024
 EPS = 1e-6
 TOLERANCE = 1e-2
+MAX_CONTEXT = 4096
+SHORT = (128, 256)
+"""Tokens of the contexts for which launches are chosen."""
+TRIES = 5
+"""How many of the fastest at short contexts are timed at long ones."""
+LONG_LOSS = 0.03
+"""What is slower by more than this share than the best of them there is no choice: one launch serves all lengths."""
 
 
 class Heads(NamedTuple):
@@ -56,25 +71,18 @@ class Timed:
     error: float
 
 
-class Bench:
-    """`rows` random contexts with lengths spread evenly over `context` (from, to), in as many layers as needed."""
+class Contexts:
+    """`rows` random contexts with lengths spread evenly over `context` (from, to), in the caches of so many layers."""
 
     def __init__(
-        self,
-        device: torch.device,
-        rows: int,
-        context: tuple[int, int],
-        heads: Heads = QWEN3_06B,
-        max_context: int = 4096,
+        self, device: torch.device, rows: int, context: tuple[int, int], heads: Heads, max_context: int, layers: int
     ) -> None:
         self.device, self.rows, self.shape, self.max_context = device, rows, heads, max_context
         low, high = context
         lengths = torch.linspace(low, high, rows).round().int() if rows > 1 else torch.tensor([(low + high) // 2]).int()
         self.lengths = lengths[torch.randperm(rows)].to(device)
-        token_bytes = 2 * heads.kv_heads * heads.head_dim * 2
-        self.cache_bytes = int(self.lengths.sum()) * token_bytes
+        self.cache_bytes = int(self.lengths.sum()) * token_bytes(heads)
         blocks = -(-high // BLOCK_SIZE)
-        layers = max(LAYERS, -(-CACHE_BYTES // (rows * blocks * BLOCK_SIZE * token_bytes)))
         size = (layers, 2, rows * blocks, BLOCK_SIZE, heads.kv_heads, heads.head_dim)
         self.caches = torch.empty(size, dtype=torch.bfloat16, device=device)
         for cache in self.caches:
@@ -83,9 +91,44 @@ class Bench:
         self.tables[:, :blocks] = torch.randperm(rows * blocks).view(rows, blocks)
         # `positions` is the place of the new token: the context counts it.
         self.positions = self.lengths - 1
+        self.gammas = torch.rand(2, heads.head_dim, device=device).add_(0.5).bfloat16()
+        angle = torch.rand(max_context, heads.head_dim // 2, device=device) * 6
+        self.cos_sin = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        self.space = workspace(rows, heads.heads, heads.head_dim, device)
+
+    def arguments(self, qkv: Tensor, cache: Tensor) -> tuple[Any, ...]:
+        """Of `decode_attention` and its reference."""
+        return (
+            qkv, *self.gammas, self.cos_sin, self.positions, self.tables, cache[0], cache[1],
+            *self.shape, EPS, self.shape.head_dim**-0.5,
+        )  # fmt: skip
+
+    def attend(self, qkv: Tensor, cache: Tensor, launch: Launch) -> Tensor:
+        """o of the joint projection qkv [rows, (heads + 2 kv_heads) * head_dim], on one of `caches`."""
+        return decode_attention(*self.arguments(qkv, cache), workspace=self.space, dependent=True, launch=launch)
+
+
+def token_bytes(heads: Heads) -> int:
+    """Of a layer's cache, for one token."""
+    return 2 * heads.kv_heads * heads.head_dim * 2
+
+
+class Bench(Contexts):
+    """Contexts in as many layers as the L2 does not hold, each with its qkv and o projections."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        rows: int,
+        context: tuple[int, int],
+        heads: Heads = QWEN3_06B,
+        max_context: int = MAX_CONTEXT,
+    ) -> None:
+        layer_bytes = rows * -(-context[1] // BLOCK_SIZE) * BLOCK_SIZE * token_bytes(heads)
+        layers = max(LAYERS, -(-CACHE_BYTES // layer_bytes))
+        super().__init__(device, rows, context, heads, max_context, layers)
         width = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
         self.x = torch.randn(rows, HIDDEN, device=device).bfloat16()
-        self.gammas = torch.rand(2, heads.head_dim, device=device).add_(0.5).bfloat16()
         weights = torch.randn(LAYERS, width, HIDDEN, device=device, dtype=torch.bfloat16).mul_(HIDDEN**-0.5)
         self.weights = [weights[layer % LAYERS] for layer in range(layers)]
         wide = heads.heads * heads.head_dim
@@ -94,9 +137,6 @@ class Bench:
         self.attended = torch.randn(rows, wide, device=device).bfloat16()
         self.stream = torch.randn(rows, HIDDEN, device=device).bfloat16()
         self.qkv = self._project(self.weights[0])
-        angle = torch.rand(max_context, heads.head_dim // 2, device=device) * 6
-        self.cos_sin = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        self.space = workspace(rows, heads.heads, heads.head_dim, device)
         self.expected = reference(*self.arguments(self.qkv, self.caches[0].clone())).float()
         self.projections_us = self._layers_us(lambda _qkv, _cache: self.attended)
 
@@ -112,18 +152,6 @@ class Bench:
 
         layers = zip(self.weights, self.caches, self.weights_o, strict=True)
         return self._graph_us([partial(layer, *parts) for parts in layers])
-
-    def arguments(self, qkv: Tensor, cache: Tensor) -> tuple[Any, ...]:
-        """Of `decode_attention` and its reference."""
-        return (
-            qkv, *self.gammas, self.cos_sin, self.positions, self.tables, cache[0], cache[1],
-            *self.shape, EPS, self.shape.head_dim**-0.5,
-        )  # fmt: skip
-
-    def _ours(self, launch: Launch) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda qkv, cache: decode_attention(
-            *self.arguments(qkv, cache), workspace=self.space, dependent=True, launch=launch
-        )
 
     def flash_attention_3(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Norm, rotation and write, then attention as vLLM bundles it; None where that is not installed."""
@@ -153,7 +181,7 @@ class Bench:
         """Check, then time; triton's OutOfResources if the GPU cannot run it."""
         self.space.parts.fill_(float("nan"))
         self.space.lse.fill_(float("nan"))
-        return self.time_other(self._ours(launch), launch)
+        return self.time_other(partial(self.attend, launch=launch), launch)
 
     def time_other(self, attend: Callable[[Tensor, Tensor], Tensor], name: Launch | str) -> Timed:
         """Any function of (qkv, cache) that gives o."""
@@ -170,7 +198,7 @@ class Bench:
 
 def measure(
     device: torch.device, rows: int, context: tuple[int, int], launches: Sequence[Launch], heads: Heads = QWEN3_06B,
-    max_context: int = 4096,
+    max_context: int = MAX_CONTEXT,
 ) -> list[Timed]:  # fmt: skip
     """Every launch that runs and is right, fastest in the chain first; FlashAttention 3, where installed, last."""
     bench = Bench(device, rows, context, heads, max_context)
@@ -187,6 +215,47 @@ def measure(
     found.sort(key=lambda timed: timed.chained_us)
     flash = bench.flash_attention_3()
     return [*found, bench.time_other(flash, "qk_norm_rope_cache + FlashAttention 3")] if flash else found
+
+
+@dataclass(frozen=True)
+class Found:
+    """What attention came to at some rows: launches, the best at short and long contexts together first; none of them
+    much slower than another at long ones. And FlashAttention 3 at short ones, if it is there."""
+
+    rows: int
+    key: str
+    timed: list[Timed]
+    beside: Timed | None
+
+    def choice(self, launch: Launch) -> dict[str, Any]:
+        """The entry of the table of choices."""
+        us = next(timed.chained_us for timed in self.timed if timed.launch == launch)
+        beside = {"flash_attention_us": round(self.beside.chained_us, 2)} if self.beside else {}
+        return {"launch": choices.fields_of(launch), "us": round(us, 2), **beside}
+
+
+def time_attention(device: torch.device, heads: Heads, rows: int) -> Found:
+    """All candidates at short contexts, the best of them at long ones too."""
+    long = (1024, 2048) if rows <= 16 else (512, 768)
+    found = measure(device, rows, SHORT, candidates(rows, *heads, MAX_CONTEXT), heads)
+    beside = next((t for t in found if isinstance(t.launch, str)), None)
+    tried = [t.launch for t in found if isinstance(t.launch, Launch)][:TRIES]
+    again: dict[Launch | str, Timed] = {
+        t.launch: t for t in measure(device, rows, long, tried, heads) if not isinstance(t.launch, str)
+    }
+    best_us = min((t.chained_us for t in again.values()), default=0.0)
+    limit_us = best_us + LONG_LOSS * abs(best_us)
+    kept = [t for t in found if t.launch in again and again[t.launch].chained_us <= limit_us]
+    kept.sort(key=lambda t: t.chained_us * again[t.launch].chained_us)
+    for t in kept[:1]:
+        print(
+            f"{rows:5} attention chained {t.chained_us:6.2f} alone {t.alone_us:6.2f} µs {t.gb_s:5.0f} GB/s, long "
+            f"{again[t.launch].chained_us:6.2f} {again[t.launch].gb_s:5.0f}; fastest short {found[0].chained_us:6.2f}; "
+            + " ".join(f"{name}={value}" for name, value in choices.fields_of(t.launch).items())
+            + (f"; {beside.launch} {beside.chained_us:.2f}, {beside.alone_us:.2f}" if beside else ""),
+            flush=True,
+        )
+    return Found(rows, shape_key(rows, *heads), kept, beside)
 
 
 def main() -> None:

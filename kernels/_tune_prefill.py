@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import prefill_added, prefill_gate_up, prefill_qkv_rope, qk_norm_rope_cache, rms_norm, silu_mul
-from kernels._timing import poisoned, relative_error, time_graph_us
-from kernels._triton import HAVE_TRITON, triton
+from kernels._timing import CANNOT_RUN, poisoned, relative_error, time_graph_us
+from kernels._tune_models import Model
 from kernels.decode_linear import half_norm_reference
 from kernels.decode_linear_tiled import HalfNormed
 from kernels.prefill_added import reference as added_reference
@@ -31,7 +31,6 @@ from kernels.prefill_gate_up import reference as gate_up_reference
 from kernels.prefill_linear import SQUARES_COLUMNS, Launch, shape_key
 from kernels.prefill_qkv_rope import fits
 from kernels.prefill_qkv_rope import reference as qkv_reference
-from kernels.tune import Model
 
 ROWS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_ROWS = (1024,)
@@ -260,11 +259,6 @@ def error(bench: Bench, call: Callable[[Tensor], Any]) -> float:
 def time_us(bench: Bench, call: Callable[[Tensor], Any]) -> float:
     """µs per call over all weights in turn."""
     return time_graph_us([partial(call, weight) for weight in bench.weights]) / len(bench.weights)
-
-
-CANNOT_RUN: tuple[type[Exception], ...] = (RuntimeError,)  # the driver's refusals
-if HAVE_TRITON:
-    CANNOT_RUN += (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError)
 
 
 def time_candidates(bench: Bench, rows: int, deadline: float) -> list[tuple[float, Launch]]:

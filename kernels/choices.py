@@ -1,7 +1,8 @@
 """Launches measured on a GPU, as data: `choices/<gpu>.json`, written by `python -m kernels.tune`.
 
 One file per GPU holds, per kernel, shape keys and what ran fastest there: the fields of that kernel's `Launch`, or
-`{"path": "cublas"}` where a library's product and separate kernels won. A GPU without a file, or a shape without an
+`{"path": "cublas"}` where a library's product and separate kernels won; of a decode step's product also
+`{"path": "prefill"}` with a launch of `prefill_gate_up`. A GPU without a file, or a shape without an
 entry, gets the kernel's own default. Each entry has its date. `none_chosen()` makes every GPU such a GPU, for tests of
 the defaults.
 """
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,15 +51,21 @@ def chosen(kernel: str, key: str, device: torch.device) -> dict[str, Any] | None
     return _table(device).get(kernel, {}).get(key)
 
 
-def launch_of(kind: type[Launch], fields: Mapping[str, Any], device: torch.device) -> Launch:
+def launch_of(kind: type[Launch], values: Mapping[str, Any], device: torch.device) -> Launch:
     """A measured launch. ValueError: it has fields of another version of the kernels."""
     try:
-        return kind(**fields)
+        return kind(**values)
     except TypeError as error:
         raise ValueError(
             f"choices/{gpu_slug(device)}.json holds launches of another version of the kernels ({error}): remove it, "
             "or measure again with python -m kernels.tune."
         ) from error
+
+
+def fields_of(launch: Any) -> dict[str, Any]:
+    """As a table keeps a launch: its fields that differ from their defaults."""
+    values = {f.name: getattr(launch, f.name) for f in fields(launch) if getattr(launch, f.name) != f.default}
+    return {name: fields_of(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.choices import chosen, launch_of
 from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values
+from kernels.prefill_linear import Launch as PrefillLaunch
 from kernels.rms_norm import rms_norm
 from kernels.rms_norm_linear import rms_norm as rms_norm_wide
 
@@ -57,6 +58,7 @@ class Launch:
     ahead: load the program's part of W, or ask for it, before the wait (tiled)
     registers: the most that a thread may use. Where a number is named, the compiler asks for all of x at once instead
         of piece by piece, which would save registers. 0: the compiler's choice
+    halves: as o_proj or down_proj also make half of the norm that comes next, if the product after it is tiled (tiled)
     """
 
     kernel: str
@@ -68,6 +70,7 @@ class Launch:
     split_k: int = 1
     ahead: bool = True
     registers: int = 0
+    halves: bool = True
 
 
 def reference(
@@ -425,22 +428,27 @@ def shape_key(rows: int, out: int, k: int, gated: bool) -> str:
 
 
 def best_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device) -> Launch | None:
-    """The launch measured fastest on this GPU, else the default; None where cuBLAS and separate kernels were faster."""
+    """The launch measured fastest on this GPU, else the default; None where others' kernels were faster: cuBLAS with
+    separate ones, or `prefill_gate_up`."""
     choice = chosen("decode_linear", shape_key(rows, out, k, gated), device) if element_bytes == 2 else None
     if choice is None:
         return default_launch(rows, out, k, gated, element_bytes)
-    return None if choice.get("path") == "cublas" else launch_of(Launch, choice["launch"], device)
+    return None if "path" in choice else launch_of(Launch, choice["launch"], device)
+
+
+def best_prefill_gate_up(
+    rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device
+) -> PrefillLaunch | None:
+    """How `prefill_gate_up` behind a norm was measured to be a decode step's fastest way here; None: it was not."""
+    choice = chosen("decode_linear", shape_key(rows, out, k, gated), device) if element_bytes == 2 else None
+    if choice is None or choice.get("path") != "prefill":
+        return None
+    return launch_of(PrefillLaunch, choice["launch"], device)
 
 
 def _power_of_two(number: int) -> int:
     """The next power of two, the number itself if it is one."""
     return 1 << (number - 1).bit_length()
-
-
-def best_is_tiled(rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device) -> bool:
-    """Whether the product is best made by the tiled kernel, which can take and leave rows that are half normed."""
-    launch = best_launch(rows, out, k, gated, element_bytes, device)
-    return launch is not None and launch.kernel == "tiled"
 
 
 def _check(

@@ -21,9 +21,8 @@ FEATURES = {
     "rope_cache": "elsewhere: qk_norm+rope+kv_write in one kernel",
     "residual": "decode: the residual is added by the kernels of o_proj and down_proj",
     "norm_gate_up": "post_norm+gate_up_proj+silu_mul in one kernel",
-    "prefill_epilogues": "prefill, many rows: qkv_proj+qk_norm+rope+kv_write, gate_up_proj+silu_mul, o_proj+residual "
-    "and down_proj+residual in one kernel each",
-    "half_norm": "many rows: o_proj and down_proj also make half of the norm that comes next",
+    "prefill_epilogues": "many rows: gate_up_proj+silu_mul in one kernel; prefill: qkv_proj+qk_norm+rope+kv_write too",
+    "half_norm": "decode, many rows: o_proj and down_proj also make half of the norm that comes next",
     "prefill_products": "captured prefill steps of few tokens: products as decode makes them",
     "head": "decode, captured prefill steps: final_norm+lm_head and the sampler's sums in one kernel",
     "last_rows": "prefill: after its keys, the last layer goes on with the rows to draw from alone",

@@ -18,7 +18,8 @@ from engines.nano.layers.linear import StackedLinear
 from engines.nano.layers.norm import RMSNorm
 from engines.nano.models.decoder import Attention, DecoderLayer
 from engines.nano.utils.context import StepContext
-from kernels.decode_linear import HalfNormed, best_is_tiled, best_launch, decode_linear_half_norm
+from kernels.decode_linear import HalfNormed, best_launch, best_prefill_gate_up, decode_linear_half_norm
+from kernels.decode_linear import Launch as DecodeLaunch
 from kernels.prefill_attention import fits
 from kernels.prefill_linear import best_launch as best_prefill_launch
 from kernels.prefill_qkv_rope import fits as holds_heads
@@ -77,9 +78,9 @@ def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, boo
     return rows, out // 2 if gated else out, k, gated, weight.element_size(), weight.device
 
 
-def product_is_fused(x: Tensor, weight: Tensor, gated: bool) -> bool:
-    """Whether our kernel is faster than cuBLAS and separate kernels for x [rows, in] in a decode step here."""
-    return best_launch(*shape_of(x.shape[0], weight, gated)) is not None
+def decode_launch(x: Tensor, weight: Tensor, gated: bool) -> DecodeLaunch | None:
+    """How `decode_linear` is the fastest way for x [rows, in] in a decode step here; None: it is not."""
+    return best_launch(*shape_of(x.shape[0], weight, gated))
 
 
 def prefill_launch(kernel: str, x: Tensor, weight: Tensor, context: StepContext) -> Any:
@@ -131,7 +132,7 @@ class NormLinear(nn.Module):
         """Whether one kernel is the faster way for so many rows."""
         if not as_in_decode(context):
             return hidden.shape[0] <= max_prefill_rows
-        return product_is_fused(hidden, self._parts[1].weight, self.gated)
+        return decode_launch(hidden, self._parts[1].weight, self.gated) is not None
 
     @property
     def norm_weight(self) -> Tensor:
@@ -139,9 +140,9 @@ class NormLinear(nn.Module):
         return self._parts[0].weight
 
     def takes_half(self, x: Tensor) -> bool:
-        """Whether for as many rows as x has the norm is best begun in the product before."""
-        linear = self._parts[1]
-        return x.dtype != torch.float16 and best_is_tiled(*shape_of(x.shape[0], linear.weight, self.gated))
+        """Whether for as many rows as x has the product can take a norm that the product before began."""
+        launch = None if x.dtype == torch.float16 else decode_launch(x, self._parts[1].weight, self.gated)
+        return launch is not None and launch.kernel == "tiled"
 
     def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
         """[tokens, out] from the residual stream [tokens, hidden]."""
@@ -163,7 +164,8 @@ class NormLinear(nn.Module):
 class AddedLinear(nn.Module):
     """A linear layer that adds its output to the residual stream [tokens, hidden], in place.
 
-    Before a norm and linear layer of which the tiled kernel is the faster way too, it makes half of that norm.
+    Before a norm and linear layer of which the tiled kernel is the faster way too, it makes half of that norm, if its
+    own launch says so.
     """
 
     def __init__(self, linear: nn.Linear, many_rows: bool) -> None:
@@ -182,15 +184,15 @@ class AddedLinear(nn.Module):
         (linear,) = self._linear
         if not as_in_decode(context):
             return self._add_many(x, hidden, context)
-        if not product_is_fused(x, linear.weight, False):
+        if (launch := decode_launch(x, linear.weight, False)) is None:
             return hidden.addmm_(x, linear.weight.t())
-        following = self._next
-        if following and following[0].takes_half(x) and best_is_tiled(*shape_of(x.shape[0], linear.weight, False)):
+        following, dependent = self._next, context.dependent
+        if following and launch.kernel == "tiled" and launch.halves and following[0].takes_half(x):
             context.half_normed = decode_linear_half_norm(
-                x, linear.weight, hidden, following[0].norm_weight, dependent=context.dependent
+                x, linear.weight, hidden, following[0].norm_weight, dependent=dependent, launch=launch
             )
             return hidden
-        return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=context.dependent)
+        return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=dependent, launch=launch)
 
     def _add_many(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         """In prefill."""
@@ -262,7 +264,7 @@ class QkvRope(nn.Module):
 
 
 class GateUp(nn.Module):
-    """Gate and up projection and silu(gate) · up in one kernel, for prefill of many rows."""
+    """Gate and up projection and silu(gate) · up in one kernel, for prefill and decode of many rows."""
 
     def __init__(self, linear: StackedLinear) -> None:
         super().__init__()
@@ -270,7 +272,10 @@ class GateUp(nn.Module):
 
     def launch(self, x: Tensor, context: StepContext) -> Any:
         """How one kernel is the faster way; None where it is not."""
-        return prefill_launch("prefill_gate_up", x, self._linear[0].weight, context)
+        (linear,) = self._linear
+        if as_in_decode(context):
+            return best_prefill_gate_up(*shape_of(x.shape[0], linear.weight, True))
+        return prefill_launch("prefill_gate_up", x, linear.weight, context)
 
     def forward(self, normed: Tensor | HalfNormed, context: StepContext, norm_eps: float) -> Tensor:
         """[tokens, inter]; `norm_eps` as of `QkvRope`."""

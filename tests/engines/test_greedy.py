@@ -10,7 +10,7 @@ from engines.fused import LLM as Fused
 from engines.fused import layers
 from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
-from kernels.decode_linear import decode_linear_half_norm
+from kernels.decode_linear import Launch, decode_linear_half_norm
 from kernels.decode_linear_tiled import HalfNormed
 from kernels.prefill_linear import Launch as PrefillLaunch
 from tests.engines import reference
@@ -110,13 +110,21 @@ def test_scores_are_the_models_logits(variant, prompts):
         assert torch.equal(scored.logits.argmax(-1), torch.tensor(scored.token_ids))
 
 
-HALVES = {"all": ((), 5), "of gate and up alone": (("-norm_qkv",), 3), "none": (("-half_norm",), 0)}
-"""What is left out → norms of a decode step that are made in halves, with 3 layers: not the first, nor the head's."""
+HALVES = {
+    "all": ((), (), 5),
+    "of gate and up alone": (("-norm_qkv",), (), 3),
+    "none": (("-half_norm",), (), 0),
+    "none after o_proj's launch": ((), (192,), 2),
+    "none after down_proj's launch": ((), (256,), 3),
+    "none after either launch": ((), (192, 256), 0),
+}
+"""What is left out, K of products whose launches make none → norms of a decode step that are made in halves, with 3
+layers: not the first, nor the head's."""
 
 
-@pytest.mark.parametrize(("features", "halves"), HALVES.values(), ids=HALVES.keys())
+@pytest.mark.parametrize(("features", "apart", "halves"), HALVES.values(), ids=HALVES.keys())
 @pytest.mark.parametrize("path", ["reference", "triton"])
-def test_norms_in_halves(path, features, halves, monkeypatch, prompts, expected):
+def test_norms_in_halves(path, features, apart, halves, monkeypatch, prompts, expected):
     """As with many rows. Counted, because the tokens do not tell how they were made."""
     if path == "triton" and not kernels.INTERPRETED:
         pytest.skip("Triton's interpreter is off")
@@ -126,12 +134,35 @@ def test_norms_in_halves(path, features, halves, monkeypatch, prompts, expected)
         made.append(decode_linear_half_norm(*arguments, **keywords))
         return made[-1]
 
-    monkeypatch.setattr(layers, "best_is_tiled", lambda *_: True)
+    def tiled(rows, out, k, gated, *_):
+        return Launch("tiled", 16, 32, 4, block_m=16, num_stages=2, halves=k not in apart or gated)
+
+    monkeypatch.setattr(layers, "best_launch", tiled)
     monkeypatch.setattr(layers, "decode_linear_half_norm", half_norm)
     with kernels.use(path):
         engine = Fused(reference.config(options={"features": features or FusedOptions().features}))
         assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
     assert len(made) == 2 * halves
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_decode_may_use_prefills_kernel(path, prompts, expected, monkeypatch):
+    """Where that was measured to be faster for gate and up, behind a norm; nothing makes half of that norm."""
+    if path == "triton" and not kernels.INTERPRETED:
+        pytest.skip("Triton's interpreter is off")
+    tiled, prefills = Launch("tiled", 16, 32, 4, block_m=16, num_stages=2), PrefillLaunch(16, 32, 32, 4, 2)
+    monkeypatch.setattr(layers, "best_launch", lambda rows, out, k, gated, *_: None if gated else tiled)
+    monkeypatch.setattr(layers, "best_prefill_gate_up", lambda *shape: prefills)
+    ran, made = [], []
+    gate_up, half_norm = kernels.prefill_gate_up, decode_linear_half_norm
+    monkeypatch.setattr(kernels, "prefill_gate_up", lambda *a, **options: ran.append(a[2]) or gate_up(*a, **options))
+    monkeypatch.setattr(
+        layers, "decode_linear_half_norm", lambda *a, **options: made.append(1) or half_norm(*a, **options)
+    )
+    with kernels.use(path):
+        engine = Fused(reference.config())
+        assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
+    assert ran == [prefills] * 2 * 3 and len(made) == 2 * 2
 
 
 EPILOGUES = {

@@ -1,15 +1,28 @@
-"""The tuner without a GPU: what it offers, what it rejects, and that its table comes back as launches."""
+"""The tuner without a GPU: what it offers, what it rejects, and that its table comes back as launches.
+
+How it chooses in the chain: test_tune_chain.py.
+"""
+
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels import choices, decode_linear, tune, use
+from kernels import _tune_attention, _tune_chain, _tune_compile, _tune_prefill, choices, decode_linear, tune, use
+from kernels import _tune_products as products
+from kernels._tune_candidates import candidates
+from kernels._tune_models import MODELS, Model, Op
+from kernels.decode_attention import Launch as AttentionLaunch
 from kernels.decode_attention import best_launch as best_attention
+from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import best_launch as best_head
-from kernels.decode_linear import Launch, best_launch, default_launch, shape_key
+from kernels.decode_linear import Launch, best_launch, best_prefill_gate_up, default_launch, shape_key
+from kernels.prefill_linear import Launch as PrefillLaunch
 from kernels.prefill_linear import best_launch as best_prefill
 
-OPS = tune.MODELS["qwen3-0.6b"].ops()
+OPS = MODELS["qwen3-0.6b"].ops()
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -33,11 +46,17 @@ def test_ops_have_the_models_sizes():
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_candidates_can_run(op, rows):
     """The default is among them; registers for W, shared memory for the stages; whole parts of the sum over K."""
-    found = tune.candidates(op, rows, quick=False)
+    found = candidates(op, rows, quick=False)
     assert found[0] == default_launch(rows, op.out, op.k, op.gated, 2)
     assert len(set(found)) == len(found) > 3
+    assert any(isinstance(launch, PrefillLaunch) for launch in found) == (op.gated and rows >= 128)
     for launch in found:
-        if launch.kernel == "vector":
+        if isinstance(launch, PrefillLaunch):
+            stage = (launch.block_n * 2 + launch.block_m) * launch.block_k * 2
+            assert stage * launch.num_stages <= 227 * 1024 // max(1, launch.per_sm)
+            assert launch.block_m * launch.block_n * 2 / (launch.num_warps * 32) <= 128
+            assert launch.block_m >= 16 * launch.num_warps  # a warp group takes 64 rows
+        elif launch.kernel == "vector":
             assert launch.block_n * op.k * 2 * (1 + op.gated) <= launch.num_warps * 32 * 128 * 4
         else:
             stage = (launch.block_n * (1 + op.gated) + launch.block_m) * launch.block_k * 2
@@ -47,10 +66,10 @@ def test_candidates_can_run(op, rows):
 
 def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch):
     """One candidate leaves an element unwritten, another is the slowest."""
-    monkeypatch.setattr(tune, "time_graph_us", lambda calls: len(calls) * 5.0)
-    op = tune.Op("o", 24, 32, residual=True)
+    monkeypatch.setattr(products, "time_graph_us", lambda calls: len(calls) * 5.0)
+    op = Op("o", 24, 32, residual=True)
     bad, good = Launch("vector", 1, 32, 1), Launch("vector", 2, 32, 1)
-    monkeypatch.setattr(tune, "candidates", lambda *_: [bad, good])
+    monkeypatch.setattr(products, "candidates", lambda *_: [bad, good])
 
     def product(x, weight, *, launch, dependent, residual, **options):
         out = decode_linear(x, weight, residual=residual, **options)
@@ -58,17 +77,17 @@ def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch):
             out[0, 0] = float("nan")
         return out
 
-    monkeypatch.setattr(tune, "decode_linear", product)
+    monkeypatch.setattr(products, "decode_linear", product)
     failures = []
     with use("reference"):
-        found = tune.time_op(tune.Bench(op, 3, torch.device("cpu")), 2, False, failures)
+        found = products.time_op(products.Bench(op, 3, CPU), 2, False, failures)
     assert found.timed == [(5.0, good)]
     assert len(failures) == 1 and "block_n=1" in failures[0]
 
 
 def test_choices_come_back(gpu):
     launch = Launch("tiled", 32, 128, 4, block_m=16, num_stages=5)
-    entry = tune.Found("o", 16, "", 0, [(2.0, launch)], cublas_us=3.0).choice
+    entry = products.Found("o", 16, "", 0, [(2.0, launch)], cublas_us=3.0).choice
     key, lost = shape_key(16, 1024, 2048, False), shape_key(64, 1024, 2048, False)
     choices.save(gpu, {"decode_linear": {key: entry(launch), lost: entry(None)}}, {"gpu": "Some GPU"})
     assert best_launch(9, 1024, 2048, False, 2, gpu) == launch  # 9 to 16 rows share an entry
@@ -78,12 +97,28 @@ def test_choices_come_back(gpu):
     assert best_launch(16, 1024, 2048, False, 4, gpu) == default_launch(16, 1024, 2048, False, 4)
     with choices.none_chosen():
         assert best_launch(40, 1024, 2048, False, 2, gpu) == default_launch(40, 1024, 2048, False, 2)
+    apart = replace(launch, halves=False)
+    choices.save(gpu, {"decode_linear": {shape_key(128, 1024, 2048, False): entry(apart)}}, {"gpu": "Some GPU"})
+    assert best_launch(128, 1024, 2048, False, 2, gpu) == apart and not apart.halves
     before = choices.fingerprint(gpu)
     # A later run of one shape keeps the others.
     choices.save(gpu, {"decode_linear": {lost: entry(launch)}}, {"gpu": "Some GPU"})
     assert before and choices.fingerprint(gpu) not in ("", before)
-    assert choices.fingerprint(torch.device("cpu")) == ""
+    assert choices.fingerprint(CPU) == ""
     assert best_launch(40, 1024, 2048, False, 2, gpu) == best_launch(9, 1024, 2048, False, 2, gpu) == launch
+
+
+def test_prefills_kernel_may_be_decodes_choice(gpu):
+    """The entry says so and how; what it says of others is none of decode_linear's launches."""
+    launch = PrefillLaunch(64, 64, 64, 4, 3, per_sm=0)
+    found = products.Found("gate_up", 256, shape_key(256, 3072, 1024, True), 0, [(7.0, launch)], cublas_us=9.0)
+    choices.save(gpu, {"decode_linear": {found.key: found.choice(launch)}}, {"gpu": "Some GPU"})
+    shape = 3072, 1024, True, 2, gpu
+    assert best_prefill_gate_up(129, *shape) == launch and best_launch(129, *shape) is None
+    assert best_prefill_gate_up(128, *shape) is None and best_launch(128, *shape) == default_launch(128, *shape[:-1])
+    assert choices.chosen("decode_linear", found.key, gpu)["us"] == 7.0
+    choices.save(gpu, {"decode_linear": {found.key: found.choice(None)}}, {"gpu": "Some GPU"})
+    assert best_prefill_gate_up(129, *shape) is None and best_launch(129, *shape) is None
 
 
 @pytest.mark.parametrize(("kernel", "key", "best"), [
@@ -98,37 +133,79 @@ def test_choices_of_another_version_are_refused_with_the_way_out(gpu, kernel, ke
         best(gpu)
 
 
-def test_pairs_are_chosen_together():
-    """Both tiled, with the norm in halves; else each as it is alone, where a tiled one pays for its norm, or cuBLAS."""
-    tiled, matrix = Launch("tiled", 32, 128, 4, block_m=16), Launch("matrix", 8, 128, 4)
-    found = lambda name, *timed, norm_us=0.0: tune.Found(name, 32, "", 0, list(timed), 6.0, norm_us)  # noqa: E731
-    launches = tune.best_pairs(
-        {
-            "o": found("o", (3.0, matrix), (3.5, tiled)),
-            "gate_up": found("gate_up", (4.0, tiled), (5.0, matrix), norm_us=2.0),
-            "down": found("down", (3.0, matrix), (5.0, tiled)),
-            "qkv": found("qkv", (4.0, tiled), (5.0, matrix), norm_us=2.0),
-        }
-    )
-    assert launches == {"o": tiled, "gate_up": tiled, "down": matrix, "qkv": matrix}
-    assert tune.best_pairs({"qkv": found("qkv", (4.5, tiled), norm_us=2.0)}) == {"qkv": None}
+TINY = Model(layers=2, hidden=64, inter=128, heads=4, kv_heads=2, head_dim=16, vocab=256)
+OFFERED = [
+    Launch("tiled", 32, 32, 4, block_m=16, num_stages=2),
+    Launch("tiled", 16, 64, 4, block_m=16, split_k=1),
+    Launch("matrix", 8, 128, 4, block_m=8),
+]
+HEADS = [HeadLaunch(64, 4, 3), HeadLaunch(product=Launch("matrix", 16, 128, 4, block_m=16, registers=255))]
 
 
-@pytest.mark.parametrize("halves", [False, True])
-def test_chain_is_the_layers_products(halves, monkeypatch):
-    """The residual stream after two layers, against float32 layer by layer; on halves of norms, and without."""
-    monkeypatch.setattr(tune, "HALF_COLUMNS", 16)
-    launch = Launch("tiled", 32, 32, 4, block_m=16) if halves else None
-    benches = {op.name: tune.Bench(op, 2, torch.device("cpu")) for op in tune.Model(2, 32, 64, 2, 1, 16, 8).ops()}
-    chain = tune.Chain(benches, None, 4)
-    stream = chain.hidden.float()
+@pytest.fixture
+def made_up(monkeypatch, gpu):
+    """A tuner that runs here, on the references: few candidates, and times made up after the first call has run."""
+    times = random.Random(7)
+
+    def time_graph_us(calls):
+        calls[0]()
+        return len(calls) * times.uniform(2.0, 3.0)
+
+    for module in (products, _tune_attention, _tune_chain, _tune_prefill):
+        monkeypatch.setattr(module, "time_graph_us", time_graph_us)
+    for module in (products, _tune_compile):
+        monkeypatch.setattr(
+            module, "candidates", lambda op, rows, quick: OFFERED + [PrefillLaunch(64, 64, 64, 4, 3)] * op.gated
+        )
+    attention = [AttentionLaunch(16, splits, 16, 4, False) for splits in (1, 2)]
+    monkeypatch.setattr(_tune_attention, "candidates", lambda *shape: attention)
+    monkeypatch.setattr(_tune_compile, "attention_candidates", lambda *shape: attention)
+    monkeypatch.setattr(products, "head_candidates", lambda *shape: HEADS)
+    monkeypatch.setattr(_tune_compile, "head_candidates", lambda *shape: HEADS)
+    monkeypatch.setattr(tune, "compile_all", lambda jobs: _tune_compile.run(CPU, jobs) or len(jobs))
+    monkeypatch.setattr(_tune_prefill, "compile_all", lambda model, benches: 0)
+    monkeypatch.setattr(_tune_prefill, "ROWS", (40,))
+    monkeypatch.setattr(_tune_attention, "CACHE_BYTES", 0)
+    monkeypatch.setattr(_tune_attention, "LAYERS", 1)
+    monkeypatch.setattr(tune, "MODELS", {"tiny": TINY})
+    monkeypatch.setattr(tune, "_gpu", lambda: CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("ops", ["all", "qkv,o,gate_up,down", "o,attention"])
+def test_the_whole_tuner(made_up, gpu, monkeypatch, capsys, ops):
+    """From the command line to the table, and what of it comes back."""
+    named = [] if ops == "all" else ["--ops", ops]
+    monkeypatch.setattr("sys.argv", ["tune", "--model", "tiny", "--rows", "16,40", *named])
     with use("reference"):
-        for call in chain.calls(dict.fromkeys(benches, launch)):
-            call()
-    for i in range(2):
-        weights = {name: bench.weights[i].float() for name, bench in benches.items()}
-        stream = stream + chain.attended.float() @ weights["o"].T
-        normed = torch.nn.functional.rms_norm(stream, (32,), benches["gate_up"].gamma.float(), tune.EPS)
-        gate, up = (normed @ weights["gate_up"].T).chunk(2, dim=1)
-        stream = stream + (torch.nn.functional.silu(gate) * up) @ weights["down"].T
-    assert tune.relative_error(chain.hidden, stream) < 2e-2
+        tune.main()
+    printed = capsys.readouterr().out
+    table = choices._table(gpu)
+    chained = ops != "o,attention"
+    names = set(["qkv", "o", "gate_up", "down", "head", "attention", "prefill"] if ops == "all" else ops.split(","))
+    assert set(table["decode_linear"]) == {
+        shape_key(rows, op.out, op.k, op.gated) for op in TINY.ops() if op.name in names for rows in (16, 40)
+    }
+    assert len(table["decode_attention"]) == (2 if "attention" in names else 0)
+    assert len(table["decode_head"]) == ("head" in names)  # not above 16 rows
+    assert len(table.get("prefill_gate_up", {})) == ("prefill" in names)
+    for rows in (16, 40):
+        assert (f"{rows:5} chain: " in printed) == chained
+        for op in (op for op in TINY.ops() if op.name in names):
+            shape = rows, op.out, op.k, op.gated, 2, gpu
+            entry = table["decode_linear"][shape_key(*shape[:4])]
+            launch = best_launch(*shape) or best_prefill_gate_up(*shape)
+            assert (launch is None) == (entry.get("path") == "cublas") and entry["us"] > 0 < entry["cublas_us"]
+            assert launch is None or isinstance(launch, PrefillLaunch) or replace(launch, halves=True) in OFFERED
+    assert "WRONG" not in printed and "left out" not in printed and "cannot run" not in printed
+
+
+def test_a_dry_run_writes_nothing(made_up, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["tune", "--model", "tiny", "--rows", "16", "--ops", "o", "--dry-run"])
+    with use("reference"):
+        tune.main()
+    assert list(tmp_path.iterdir()) == []

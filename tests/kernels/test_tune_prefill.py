@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kernels import _tune_prefill, choices, prefill_added, prefill_gate_up, prefill_qkv_rope, use
+from kernels._tune_models import Model
 from kernels._tune_prefill import ADDED, GATE_UP, QKV, AddedO, GateUp, QkvRope
 from kernels.prefill_linear import Launch, best_launch, shape_key
 from kernels.prefill_qkv_rope import fits
-from kernels.tune import Model
 
 TINY = Model(layers=3, hidden=32, inter=16, heads=4, kv_heads=2, head_dim=16, vocab=64)
 CPU = torch.device("cpu")

@@ -702,6 +702,31 @@ def test_decode_choices_say_which_way_runs() -> None:
     assert rows["final_norm+lm_head", "1"][2] == "vector"
 
 
+def test_what_decode_uses_need_not_be_faster_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was chosen in a whole step."""
+    launch, day = {"kernel": "tiled", "halves": False}, "2030-01-01"
+    made = {
+        "facts": {"gpu": "Toy", "torch": "9", "triton": "9"},
+        "choices": {
+            "decode_linear": {
+                "4096x1024 rows 128": {"launch": launch, "us": 8.0, "cublas_us": 7.0, "date": day},
+                "4096x1024 rows 256": {"path": "cublas", "us": 6.0, "cublas_us": 7.0, "date": day},
+                "gated 3072x1024 rows 256": {
+                    "path": "prefill", "launch": {"block_m": 64}, "us": 6.0, "cublas_us": 7.0, "date": day
+                },
+            }
+        },
+    }  # fmt: skip
+    (tmp_path / "kernels" / "choices").mkdir(parents=True)
+    (tmp_path / "kernels" / "choices" / "toy.json").write_text(json.dumps(made))
+    monkeypatch.setattr(choices, "ROOT", tmp_path)
+    assert cells(choices.decode_choices("toy")) == [
+        ["input_norm+qkv_proj", "128", "8.0", "**7.0**", "tiled"],
+        ["input_norm+qkv_proj", "256", "**6.0**", "7.0", "library"],
+        ["post_norm+gate_up_proj+silu_mul", "256", "**6.0**", "7.0", "prefill's"],
+    ]
+
+
 def test_prefill_choices_say_which_way_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = {"block_m": 128, "block_n": 64, "num_warps": 8}
     made = {
