@@ -18,8 +18,6 @@ from kernels.decode_linear import decode_linear
 from kernels.embed_rows import embed_rows
 from kernels.paged_attention import FUSION as _PAGED_ATTENTION
 from kernels.paged_attention import paged_attention
-from kernels.prefill_added import FUSION as _PREFILL_ADDED
-from kernels.prefill_added import prefill_added
 from kernels.prefill_attention import FUSION as _PREFILL_ATTENTION
 from kernels.prefill_attention import prefill_attention
 from kernels.prefill_gate_up import FUSION as _PREFILL_GATE_UP
@@ -54,7 +52,6 @@ FUSIONS: dict[str, Fusion] = {
         _DECODE_HEAD,
         _DECODE_ATTENTION,
         _PREFILL_ATTENTION,
-        _PREFILL_ADDED,
         _PREFILL_GATE_UP,
         _PREFILL_QKV_ROPE,
     )
@@ -72,7 +69,6 @@ __all__ = [
     "decode_linear",
     "embed_rows",
     "paged_attention",
-    "prefill_added",
     "prefill_attention",
     "prefill_gate_up",
     "prefill_qkv_rope",

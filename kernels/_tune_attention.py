@@ -236,7 +236,7 @@ class Found:
 
 def time_attention(device: torch.device, heads: Heads, rows: int) -> Found:
     """All candidates at short contexts, the best of them at long ones too."""
-    long = (1024, 2048) if rows <= 16 else (512, 768)
+    long = (1024, 2048) if rows <= 64 else (512, 768)
     found = measure(device, rows, SHORT, candidates(rows, *heads, MAX_CONTEXT), heads)
     beside = next((t for t in found if isinstance(t.launch, str)), None)
     tried = [t.launch for t in found if isinstance(t.launch, Launch)][:TRIES]

@@ -1,9 +1,8 @@
 """Times prefill's products with their ends, beside cuBLAS and the separate kernels, for `python -m kernels.tune`.
 
-What prefill_added leaves half normed, the others take: so it is timed beside the norm that it spares, and they with
-rows that are half normed. Candidates are compiled first, by many processes, into Triton's cache. Each is checked
-against the reference (its outputs full of NaN before), then timed as a captured graph over as many weight matrices as
-the model has layers, on random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out.
+Candidates are compiled first, by many processes, into Triton's cache. Each is checked against the reference (its
+outputs full of NaN before), then timed as a captured graph over as many weight matrices as the model has layers, on
+random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out.
 """
 
 from __future__ import annotations
@@ -21,14 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import prefill_added, prefill_gate_up, prefill_qkv_rope, qk_norm_rope_cache, rms_norm, silu_mul
+from kernels import prefill_gate_up, prefill_qkv_rope, qk_norm_rope_cache, silu_mul
 from kernels._timing import CANNOT_RUN, poisoned, relative_error, time_graph_us
 from kernels._tune_models import Model
-from kernels.decode_linear import half_norm_reference
-from kernels.decode_linear_tiled import HalfNormed
-from kernels.prefill_added import reference as added_reference
 from kernels.prefill_gate_up import reference as gate_up_reference
-from kernels.prefill_linear import SQUARES_COLUMNS, Launch, shape_key
+from kernels.prefill_linear import Launch, shape_key
 from kernels.prefill_qkv_rope import fits
 from kernels.prefill_qkv_rope import reference as qkv_reference
 
@@ -63,22 +59,6 @@ GATE_UP = (
     Launch(64, 128, 32, 4, 4, per_sm=2),
     Launch(64, 64, 64, 4, 3, per_sm=0),
 )
-ADDED = (
-    Launch(128, 128, 64, 8, 4),
-    Launch(128, 128, 64, 8, 4, group_m=16),
-    Launch(128, 128, 64, 8, 3),
-    Launch(128, 128, 128, 8, 2),
-    Launch(128, 128, 64, 8, 4, per_sm=0),
-    Launch(128, 64, 64, 8, 4),
-    Launch(128, 64, 64, 4, 3, per_sm=2),
-    Launch(128, 64, 64, 4, 4, per_sm=0),
-    Launch(128, 64, 128, 4, 3, per_sm=0),
-    Launch(64, 128, 64, 4, 4, per_sm=2),
-    Launch(64, 128, 64, 4, 4, per_sm=0),
-    Launch(64, 64, 128, 4, 3, per_sm=0),
-    Launch(64, 64, 64, 4, 6, per_sm=0),
-    Launch(64, 32, 128, 4, 4, per_sm=0),
-)
 QKV = (
     Launch(128, 256, 64, 8, 3),
     Launch(128, 256, 64, 8, 4),
@@ -93,12 +73,6 @@ QKV = (
     Launch(64, 128, 64, 4, 4, per_sm=2),
     Launch(64, 128, 64, 4, 3, per_sm=0),
 )
-
-
-def half_normed(x: Tensor, gamma: Tensor) -> HalfNormed:
-    """x [rows, K] half through a norm, its sums of squares over SQUARES_COLUMNS columns each."""
-    squares = x.float().square().unflatten(1, (-1, min(SQUARES_COLUMNS, x.shape[1]))).sum(2).T.contiguous()
-    return HalfNormed(half_norm_reference(x, gamma).rows, squares)
 
 
 def random_weights(layers: int, out: int, k: int, device: torch.device) -> list[Tensor]:
@@ -120,12 +94,11 @@ class GateUp:
     def prepare(self, rows: int) -> None:
         """Fresh x, and what the first weights make of it."""
         self.x = torch.randn(rows, self.k, device=self.device).bfloat16()
-        self.half = half_normed(self.x, torch.ones_like(self.x[0]))
-        self.expected = (gate_up_reference(self.half, self.weights[0], EPS),)
+        self.expected = (gate_up_reference(self.x, self.weights[0]),)
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
         """In one kernel."""
-        return prefill_gate_up(self.half, weight, launch, dependent=True, eps=EPS)
+        return prefill_gate_up(self.x, weight, launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
         """As the engine runs it where nothing is chosen."""
@@ -161,8 +134,7 @@ class QkvRope:
         self.positions = torch.arange(rows, device=self.device, dtype=torch.int32) % MAX_POSITION
         slots = torch.arange(blocks * BLOCK_SIZE, device=self.device, dtype=torch.int32).view(blocks, BLOCK_SIZE)
         self.slots = slots[torch.randperm(blocks)].flatten()[:rows].contiguous()
-        self.half = half_normed(self.x, torch.ones_like(self.x[0]))
-        result: Any = qkv_reference(self.half, self.weights[0], **self._behind(), norm_eps=EPS)
+        result: Any = qkv_reference(self.x, self.weights[0], **self._behind())
         self.expected = (*result, self._cached())
 
     def _behind(self) -> dict[str, Any]:
@@ -177,7 +149,7 @@ class QkvRope:
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
         """In one kernel."""
-        return prefill_qkv_rope(self.half, weight, **self._behind(), norm_eps=EPS, launch=launch, dependent=True)
+        return prefill_qkv_rope(self.x, weight, **self._behind(), launch=launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
         """As the engine runs it where nothing is chosen."""
@@ -193,75 +165,21 @@ class QkvRope:
         return self.caches.flatten(1, 2)[:, self.slots.long()]
 
 
-class Added:
-    """The same of a projection into the residual stream, and the norm that comes next."""
-
-    kernel = "prefill_added"
-    beside = "cuBLAS + rms_norm"
-
-    def __init__(self, name: str, out: int, k: int, layers: int, device: torch.device) -> None:
-        self.name, self.out, self.k, self.device = f"{name}+residual", out, k, device
-        self.weights = random_weights(layers, out, k, device)
-        self.gamma = torch.rand(out, device=device).add_(0.5).bfloat16()
-        self.candidates = ADDED
-
-    def prepare(self, rows: int) -> None:
-        """Fresh x and stream, and what the first weights make of them."""
-        self.x = torch.randn(rows, self.k, device=self.device).bfloat16()
-        self.before = torch.randn(rows, self.out, device=self.device).bfloat16()
-        self.stream = self.before.clone()
-        self.expected = self._all(added_reference(self.x, self.weights[0], self.stream, self.gamma))
-
-    def fused(self, launch: Launch, weight: Tensor) -> Any:
-        """In one kernel."""
-        return prefill_added(self.x, weight, self.stream, self.gamma, launch, dependent=True)
-
-    def apart(self, weight: Tensor) -> Any:
-        """As the engine runs it where nothing is chosen."""
-        return rms_norm(self.stream.addmm_(self.x, weight.T), self.gamma, EPS, dependent=True)
-
-    def written(self, call: Callable[[], Any]) -> tuple[Tensor, ...]:
-        """The stream, and the norm's half, NaN where the call does not write that."""
-        self.stream.copy_(self.before)
-        return self._all(poisoned(call))
-
-    def _all(self, half: HalfNormed | None) -> tuple[Tensor, ...]:
-        assert half is not None
-        return (self.stream.clone(), half.rows, half.squares.sum(0))
+OPS: dict[str, type[GateUp] | type[QkvRope]] = {"gate_up": GateUp, "qkv": QkvRope}
 
 
-class AddedO(Added):
-    """The output projection of attention."""
-
-    def __init__(self, model: Model, layers: int, device: torch.device) -> None:
-        super().__init__("o_proj", model.hidden, model.heads * model.head_dim, layers, device)
-
-
-class AddedDown(Added):
-    """The down projection."""
-
-    def __init__(self, model: Model, layers: int, device: torch.device) -> None:
-        super().__init__("down_proj", model.hidden, model.inter, layers, device)
-
-
-Bench = GateUp | QkvRope | Added
-OPS: dict[str, Callable[[Model, int, torch.device], Bench]] = {
-    "gate_up": GateUp, "qkv": QkvRope, "o": AddedO, "down": AddedDown,
-}  # fmt: skip
-
-
-def error(bench: Bench, call: Callable[[Tensor], Any]) -> float:
+def error(bench: GateUp | QkvRope, call: Callable[[Tensor], Any]) -> float:
     """Sum of the relative errors of all that the call writes: max() would lose a NaN."""
     written = bench.written(partial(call, bench.weights[0]))
     return sum(relative_error(ours, theirs) for ours, theirs in zip(written, bench.expected, strict=True))
 
 
-def time_us(bench: Bench, call: Callable[[Tensor], Any]) -> float:
+def time_us(bench: GateUp | QkvRope, call: Callable[[Tensor], Any]) -> float:
     """µs per call over all weights in turn."""
     return time_graph_us([partial(call, weight) for weight in bench.weights]) / len(bench.weights)
 
 
-def time_candidates(bench: Bench, rows: int, deadline: float) -> list[tuple[float, Launch]]:
+def time_candidates(bench: GateUp | QkvRope, rows: int, deadline: float) -> list[tuple[float, Launch]]:
     """Those that run and are right, the fastest first; what is left out is named."""
     found = []
     for i, launch in enumerate(bench.candidates):
@@ -280,7 +198,7 @@ def time_candidates(bench: Bench, rows: int, deadline: float) -> list[tuple[floa
     return sorted(found, key=lambda timed: timed[0])
 
 
-def measure(bench: Bench, rows: int, deadline: float) -> dict[str, Any]:
+def measure(bench: GateUp | QkvRope, rows: int, deadline: float) -> dict[str, Any]:
     """Print the fastest launches for so many rows; the entry for the table of choices, empty where none was timed."""
     bench.prepare(rows)
     tflop = 2 * rows * bench.out * bench.k / 1e12
@@ -309,7 +227,7 @@ def brief(launch: Launch) -> str:
 
 def _compile(jobs: list[tuple[str, Model, Launch]]) -> None:
     """In a process of its own: launch each job once, which leaves its kernel in Triton's cache."""
-    benches: dict[str, Bench] = {}
+    benches: dict[str, GateUp | QkvRope] = {}
     for name, model, launch in jobs:
         if name not in benches:
             benches[name] = OPS[name](model, 1, torch.device("cuda"))
@@ -319,7 +237,7 @@ def _compile(jobs: list[tuple[str, Model, Launch]]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(model: Model, benches: dict[str, Bench]) -> int:
+def compile_all(model: Model, benches: dict[str, GateUp | QkvRope]) -> int:
     """Fill Triton's cache from several processes at once; how many kernels were asked for."""
     jobs = [(name, model, launch) for name, bench in benches.items() for launch in bench.candidates]
     workers = min(WORKERS, len(jobs), max(1, (os.cpu_count() or 2) - 2))

@@ -1,7 +1,6 @@
 """Gate and up projection of many rows with the activation in their end: y = silu(x G^T) * (x U^T).
 
-    x       [rows, hidden]        normalised rows; float16, bfloat16 or float32; all tensors share its dtype. Or a
-                                  `HalfNormed`, which prefill_added leaves: its division by rms(x) is made in the end
+    x       [rows, hidden]        normalised rows; float16, bfloat16 or float32; all tensors share its dtype
     weight  [2 * inter, hidden]   the gate's rows G, then up's U
     y       [rows, inter]
 
@@ -13,8 +12,6 @@ How tiles are made and launched: kernels/prefill_linear.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,29 +20,25 @@ from kernels._checks import check_float, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import INTERPRETED, runs_triton, tl, triton
-from kernels.decode_linear_tiled import HalfNormed
 from kernels.prefill_linear import (
     Launch,
     best_launch,
     can_describe,
-    completed,
     default_launch,
     described,
     halves,
     product_tile,
     programs,
-    row_scale,
-    taken,
     tile_at,
 )
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-def reference(x: Tensor | HalfNormed, weight: Tensor, eps: float = 0.0) -> Tensor:
+def reference(x: Tensor, weight: Tensor) -> Tensor:
     """The same in plain PyTorch, computed in float32."""
-    gate, up = F.linear(completed(x, eps), weight.float()).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(weight.dtype)
+    gate, up = F.linear(x.float(), weight.float()).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
 
 
 @triton.jit
@@ -81,14 +74,10 @@ def _store(y, tile, row, column, rows, inter, M: tl.constexpr, N: tl.constexpr, 
 
 @triton.jit
 def _gate_up_tile(
-    x, squares, weight, y, row, column, rows, inter, squares_parts, eps, K: tl.constexpr, SQUARES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, DESCRIBED: tl.constexpr,
+    x, weight, y, row, column, rows, inter, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PIECES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    if squares is not None:
-        scale = row_scale(squares, row, rows, squares_parts, eps, K, SQUARES, BLOCK_M)[:, None]
     both = product_tile(x, weight, row, column, rows, inter, K, 2, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIBED)
-    if squares is not None:
-        both *= scale
     gate, up = halves(both, BLOCK_M, BLOCK_N)
     value = _silu_mul(gate, up)
     if PIECES == 2:
@@ -100,11 +89,11 @@ def _gate_up_tile(
         _store(y, value, row, column, rows, inter, BLOCK_M, BLOCK_N, DESCRIBED)
 
 
-@triton.jit(do_not_specialize=["rows", "squares_parts"])
+@triton.jit(do_not_specialize=["rows"])
 def prefill_gate_up_kernel(
-    x, squares, weight, y, rows, inter, squares_parts, eps, K: tl.constexpr, SQUARES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PIECES: tl.constexpr,
-    DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, weight, y, rows, inter, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, PIECES: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, or every so-many-th; x, weight and y are descriptors or pointers."""
     let_next_start(DEPENDENT)
@@ -115,27 +104,22 @@ def prefill_gate_up_kernel(
         for index in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
             row, column = tile_at(index, row_blocks, column_blocks, GROUP_M)
             _gate_up_tile(
-                x, squares, weight, y, row * BLOCK_M, column * BLOCK_N, rows, inter, squares_parts, eps, K, SQUARES,
-                BLOCK_M, BLOCK_N, BLOCK_K, PIECES, DESCRIBED,
+                x, weight, y, row * BLOCK_M, column * BLOCK_N, rows, inter, K, BLOCK_M, BLOCK_N, BLOCK_K, PIECES,
+                DESCRIBED,
             )  # fmt: skip
     else:
         row, column = tile_at(tl.program_id(0), row_blocks, column_blocks, GROUP_M)
         _gate_up_tile(
-            x, squares, weight, y, row * BLOCK_M, column * BLOCK_N, rows, inter, squares_parts, eps, K, SQUARES,
-            BLOCK_M, BLOCK_N, BLOCK_K, PIECES, DESCRIBED,
-        )  # fmt: skip
+            x, weight, y, row * BLOCK_M, column * BLOCK_N, rows, inter, K, BLOCK_M, BLOCK_N, BLOCK_K, PIECES, DESCRIBED
+        )
 
 
-def prefill_gate_up(
-    x: Tensor | HalfNormed, weight: Tensor, launch: Launch | None = None, dependent: bool = False, eps: float = 0.0
-) -> Tensor:
+def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None, dependent: bool = False) -> Tensor:
     """silu(x G^T) * (x U^T), [rows, inter], with G and U the halves of `weight`; shapes as in this module's docstring.
 
     `launch`: how; else as measured, or as every GPU can. `dependent`: start while the kernel before it in the stream
-    still runs, where the GPU can; it is waited for. `eps`: of a half-normed x's norm. ValueError if the arguments do
-    not fit together.
+    still runs, where the GPU can; it is waited for. ValueError if the arguments do not fit together.
     """
-    given, (x, squares, parts, compiled_parts) = x, taken(x)
     check_float("x", x, 2)
     rows, hidden = x.shape
     if weight.dim() != 2 or weight.shape[0] % 2:
@@ -144,7 +128,7 @@ def prefill_gate_up(
     if launch is not None and launch.pieces not in (1, 2):
         raise ValueError(f"a tile is written in 1 or 2 pieces, not {launch.pieces}.")
     if not runs_triton(x):
-        return reference(given, weight, eps)
+        return reference(x, weight)
     inter = weight.shape[0] // 2
     y = torch.empty((rows, inter), dtype=x.dtype, device=x.device)
     if y.numel() == 0 or hidden == 0:
@@ -152,20 +136,19 @@ def prefill_gate_up(
     launch = launch or best_launch("prefill_gate_up", 2 * inter, hidden, rows, x.dtype, x.device)
     launch = launch or default_launch(x.element_size())
     tiles = -(-rows // launch.block_m) * -(-inter // launch.block_n)
-    operands: tuple[Any, ...] = (x, squares, weight, y)
-    if describes := can_describe(x, weight, y):
+    operands = (x, weight, y)
+    if describes := can_describe(*operands):
         operands = (
             described(x, (launch.block_m, launch.block_k)),
-            squares,
             described(weight, (launch.block_n, launch.block_k), parts=2),
             described(y, (launch.block_m, launch.block_n // launch.pieces)),
         )
     depends = dependent and can_depend(x.device)
     prefill_gate_up_kernel[(programs(launch, tiles, x.device),)](
-        *operands, rows, inter, parts, eps,
-        K=hidden, SQUARES=compiled_parts, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
-        GROUP_M=launch.group_m, PIECES=launch.pieces, DESCRIBED=describes, PERSISTENT=launch.per_sm > 0,
-        DEPENDENT=depends, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        *operands, rows, inter,
+        K=hidden, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+        PIECES=launch.pieces, DESCRIBED=describes, PERSISTENT=launch.per_sm > 0, DEPENDENT=depends,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
         **({"launch_pdl": True} if depends else {}),
     )  # fmt: skip
     return y

@@ -1,10 +1,8 @@
-"""Products of prefill whose ends do more than store: what prefill_gate_up, prefill_qkv_rope and prefill_added share.
+"""The products of prefill whose ends do more than store: what `prefill_gate_up` and `prefill_qkv_rope` share.
 
     x        [rows, K]         float16, bfloat16 or float32; all tensors share its dtype
     weight   [parts * N, K]    W in `parts` equal parts, one above the other
     product  [rows, parts, N]  float32, a tile of which is all that ever exists
-
-x may come half normed, as `prefill_added` leaves it: then the product's rows are multiplied by 1 / rms in its end.
 
 A tile is block_m rows and block_n columns of every part, so that what belongs together (a gate and its up) meets in
 one thread. The parts' tiles of W come by one load of three dimensions and go into one instruction, parts * block_n
@@ -27,18 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._checks import check_like
 from kernels._dependent import can_depend
 from kernels._dot import dot
 from kernels._triton import HAVE_TRITON, INTERPRETED, tl, triton
 from kernels.choices import chosen, launch_of
-from kernels.decode_linear_tiled import HalfNormed
 
 if HAVE_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-SQUARES_COLUMNS = 64
-"""Kernels are compiled for sums of squares over so many columns each, and again only where they are over fewer."""
 DESCRIPTOR_ALIGNMENT = 16
 """Bytes: a described tensor begins, and each of its rows ends, at a multiple of these."""
 
@@ -116,36 +110,9 @@ def product_tile(
 
 
 @triton.jit
-def row_scale(
-    squares, row, rows, parts, eps, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
-    """1 / rms of BLOCK_M rows of K columns from `row` on, out of `parts` sums of squares of each, at most PARTS."""
-    i = row + tl.arange(0, BLOCK_M)[None, :]
-    part = tl.arange(0, PARTS)[:, None]
-    sums = tl.load(squares + part * rows + i, mask=(part < parts) & (i < rows), other=0.0)
-    return tl.rsqrt(tl.sum(sums, axis=0) / K + eps)
-
-
-@triton.jit
 def halves(tile, M: tl.constexpr, N: tl.constexpr):
     """The left and the right half of a tile's columns, [M, N] each, without a move between threads."""
     return tl.split(tl.permute(tl.reshape(tile, [M, 2, N]), [0, 2, 1]))
-
-
-def taken(x: Tensor | HalfNormed) -> tuple[Tensor, Tensor | None, int, int]:
-    """x's rows, and where they are half normed their sums of squares, how many, and what the kernel is compiled for."""
-    if not isinstance(x, HalfNormed):
-        return x, None, 0, 1
-    check_like("squares", x.squares, (x.squares.shape[0], x.rows.shape[0]), x.rows, torch.float32)
-    parts = x.squares.shape[0]
-    return x.rows, x.squares, parts, triton.next_power_of_2(max(1, parts, x.rows.shape[1] // SQUARES_COLUMNS))
-
-
-def completed(x: Tensor | HalfNormed, eps: float) -> Tensor:
-    """x in float32, its norm completed if it came with half of it."""
-    if not isinstance(x, HalfNormed):
-        return x.float()
-    return x.rows.float() * torch.rsqrt(x.squares.sum(0) / x.rows.shape[1] + eps)[:, None]
 
 
 def can_describe(*tensors: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """QKV projection of many rows whose end is head norms, rotation and the write to the paged cache.
 
-    x             [rows, hidden]                                  normalised rows; float16, bfloat16 or float32. Or a
-                                                                  `HalfNormed`, which prefill_added leaves
+    x             [rows, hidden]                                  normalised rows; float16, bfloat16 or float32
     weight        [(heads + 2 * kv_heads) * head_dim, hidden]     q's heads, k's, v's
     bias          [(heads + 2 * kv_heads) * head_dim]             optional
     q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache    as in kernels/qk_norm_rope_cache.py
@@ -21,7 +20,6 @@ the result on its way out moves between threads. How tiles are made and launched
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +29,14 @@ from kernels._checks import check_cache_write, check_float, check_like, check_ro
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
-from kernels.decode_linear_tiled import HalfNormed
 from kernels.prefill_linear import (
     Launch,
     best_launch,
     can_describe,
-    completed,
     default_launch,
     described,
     product_tile,
     programs,
-    row_scale,
-    taken,
     tile_at,
 )
 from kernels.qk_norm_rope_cache import reference as qk_norm_rope_cache_reference
@@ -50,12 +44,12 @@ from kernels.qk_norm_rope_cache import saved_bytes as saved_behind
 
 
 def reference(
-    x: Tensor | HalfNormed, weight: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor,
-    positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int,
-    head_dim: int, eps: float, bias: Tensor | None = None, return_kv: bool = False, norm_eps: float = 0.0,
+    x: Tensor, weight: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+    eps: float, bias: Tensor | None = None, return_kv: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same in plain PyTorch, computed in float32."""
-    qkv = F.linear(completed(x, norm_eps), weight.float(), None if bias is None else bias.float())
+    qkv = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     wide_k, wide_v = k_cache.float(), v_cache.float()
     q, k, v = qk_norm_rope_cache_reference(
         qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, wide_k, wide_v, num_heads, num_kv_heads, head_dim,
@@ -63,16 +57,14 @@ def reference(
     )  # fmt: skip
     k_cache.copy_(wide_k)
     v_cache.copy_(wide_v)
-    dtype = weight.dtype
-    return (q.to(dtype), k.to(dtype), v.to(dtype).contiguous()) if return_kv else q.to(dtype)
+    return (q.to(x.dtype), k.to(x.dtype), v.to(x.dtype).contiguous()) if return_kv else q.to(x.dtype)
 
 
 @triton.jit
 def _qkv_tile(
-    x, squares, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out,
-    v_out, eps, norm_eps, first_row, first_head, rows, squares_parts, K: tl.constexpr, SQUARES: tl.constexpr,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, DESCRIBED: tl.constexpr, AHEAD: tl.constexpr,
+    x, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, v_out, eps,
+    first_row, first_head, rows, K: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIBED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads of one kind for BLOCK_M rows.
 
@@ -90,13 +82,9 @@ def _qkv_tile(
     turned = row < tl.where(is_v, 0, rows)  # a value's angle is 0
     if AHEAD:
         position = tl.load(positions + row, mask=turned, other=0).to(tl.int32)
-    if squares is not None:
-        row_factor = row_scale(squares, first_row, rows, squares_parts, norm_eps, K, SQUARES, BLOCK_M)[:, None]
     heads = product_tile(
         x, weight, first_row, first_head * D, rows, ALL * D, K, 1, BLOCK_M, BLOCK_H * D, BLOCK_K, DESCRIBED
     )
-    if squares is not None:
-        heads *= row_factor
     if bias is not None:
         heads += tl.load(bias + first_head * D + tl.arange(0, BLOCK_H * D)).to(tl.float32)[None, :]
     a, b = tl.split(tl.permute(tl.reshape(heads, [BLOCK_M, BLOCK_H, 2, HALF]), [0, 1, 3, 2]))
@@ -132,12 +120,12 @@ def _qkv_tile(
         tl.store(apart + column[None, :], result, mask=(row < tl.where(is_q, 0, rows))[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "squares_parts"])
+@triton.jit(do_not_specialize=["rows"])
 def prefill_qkv_rope_kernel(
-    x, squares, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out,
-    v_out, rows, squares_parts, eps, norm_eps, K: tl.constexpr, SQUARES: tl.constexpr, HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, v_out, rows,
+    eps, K: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DESCRIBED: tl.constexpr,
+    PERSISTENT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile, or every so-many-th; x and weight are descriptors or pointers."""
     let_next_start(DEPENDENT)
@@ -148,16 +136,16 @@ def prefill_qkv_rope_kernel(
         for index in tl.range(tl.program_id(0), row_blocks * head_blocks, tl.num_programs(0), flatten=True):
             row, head = tile_at(index, row_blocks, head_blocks, GROUP_M)
             _qkv_tile(
-                x, squares, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache,
-                q_out, k_out, v_out, eps, norm_eps, row * BLOCK_M, head * BLOCK_H, rows, squares_parts, K, SQUARES,
-                HEADS, KV_HEADS, D, BLOCK_M, BLOCK_H, BLOCK_K, DESCRIBED, AHEAD=False,
+                x, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out,
+                v_out, eps, row * BLOCK_M, head * BLOCK_H, rows, K, HEADS, KV_HEADS, D, BLOCK_M, BLOCK_H, BLOCK_K,
+                DESCRIBED, AHEAD=False,
             )  # fmt: skip
     else:
         row, head = tile_at(tl.program_id(0), row_blocks, head_blocks, GROUP_M)
         _qkv_tile(
-            x, squares, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out,
-            k_out, v_out, eps, norm_eps, row * BLOCK_M, head * BLOCK_H, rows, squares_parts, K, SQUARES, HEADS,
-            KV_HEADS, D, BLOCK_M, BLOCK_H, BLOCK_K, DESCRIBED, AHEAD=True,
+            x, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out,
+            v_out, eps, row * BLOCK_M, head * BLOCK_H, rows, K, HEADS, KV_HEADS, D, BLOCK_M, BLOCK_H, BLOCK_K,
+            DESCRIBED, AHEAD=True,
         )  # fmt: skip
 
 
@@ -195,27 +183,25 @@ def _check(
 
 
 def prefill_qkv_rope(
-    x: Tensor | HalfNormed, weight: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor,
-    positions: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int,
-    head_dim: int, eps: float, bias: Tensor | None = None, return_kv: bool = False, launch: Launch | None = None,
-    dependent: bool = False, norm_eps: float = 0.0,
+    x: Tensor, weight: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
+    eps: float, bias: Tensor | None = None, return_kv: bool = False, launch: Launch | None = None,
+    dependent: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project, norm and rotate q and k, write k and v to their cache slots; shapes as in this module's docstring.
 
-    Returns q, or (q, k, v) with `return_kv`. `eps` is that of the heads' norms, `norm_eps` of a half-normed x's.
-    Positions and slots are not checked against their tables (they lie on the device). `launch`: how; else as measured,
-    or as every GPU can. `dependent`: start while the kernel before it in the stream still runs, where the GPU can; it
-    is waited for. ValueError if the other arguments do not fit.
+    Returns q, or (q, k, v) with `return_kv`. Positions and slots are not checked against their tables (they lie on the
+    device). `launch`: how; else as measured, or as every GPU can. `dependent`: start while the kernel before it in the
+    stream still runs, where the GPU can; it is waited for. ValueError if the other arguments do not fit.
     """
-    given, (x, squares, parts, compiled_parts) = x, taken(x)
     _check(
         x, weight, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads,
         head_dim, bias,
     )  # fmt: skip
     if not runs_triton(x):
         return reference(
-            given, weight, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads,
-            num_kv_heads, head_dim, eps, bias, return_kv, norm_eps,
+            x, weight, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads,
+            head_dim, eps, bias, return_kv,
         )  # fmt: skip
     rows, hidden = x.shape
     launch = launch or best_launch("prefill_qkv_rope", weight.shape[0], hidden, rows, x.dtype, x.device)
@@ -228,22 +214,20 @@ def prefill_qkv_rope(
         k = torch.empty((rows, num_kv_heads, head_dim), dtype=x.dtype, device=x.device)
         v = torch.empty((rows, num_kv_heads, head_dim), dtype=x.dtype, device=x.device)
     if rows > 0:
-        operands: tuple[Any, ...] = (x, squares, weight)
-        if describes := can_describe(x, weight):
+        operands = (x, weight)
+        if describes := can_describe(*operands):
             operands = (
                 described(x, (launch.block_m, launch.block_k)),
-                squares,
                 described(weight, (launch.block_n, launch.block_k), parts=1),
             )
         tiles = -(-rows // launch.block_m) * (weight.shape[0] // launch.block_n)
         depends = dependent and can_depend(x.device)
         prefill_qkv_rope_kernel[(programs(launch, tiles, x.device),)](
-            *operands, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, v, rows,
-            parts, eps, norm_eps,
-            K=hidden, SQUARES=compiled_parts, HEADS=num_heads, KV_HEADS=num_kv_heads, D=head_dim,
-            BLOCK_M=launch.block_m, BLOCK_H=launch.block_n // head_dim, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-            DESCRIBED=describes, PERSISTENT=launch.per_sm > 0, DEPENDENT=depends,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if depends else {}),
+            *operands, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, v, rows, eps,
+            K=hidden, HEADS=num_heads, KV_HEADS=num_kv_heads, D=head_dim, BLOCK_M=launch.block_m,
+            BLOCK_H=launch.block_n // head_dim, BLOCK_K=launch.block_k, GROUP_M=launch.group_m, DESCRIBED=describes,
+            PERSISTENT=launch.per_sm > 0, DEPENDENT=depends, num_warps=launch.num_warps, num_stages=launch.num_stages,
+            **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     return q if k is None or v is None else (q, k, v)
 

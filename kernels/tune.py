@@ -61,7 +61,7 @@ TRIES, QUICK_TRIES = 6, 3
 """How many of an op's fastest launches are tried in the chain."""
 CHAIN_SECONDS = 25.0
 """After so long with one number of rows no other turn begins in the chain."""
-PREFILL_SECONDS = 150.0
+PREFILL_SECONDS = 90.0
 """After so long no other candidate of prefill is begun."""
 
 Table = dict[str, dict[str, Any]]

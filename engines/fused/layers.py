@@ -5,7 +5,6 @@ The residual stream is `hidden` itself, changed in place; nano's second tensor f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -97,20 +96,9 @@ class Norm(nn.Module):
         super().__init__()
         self._norm = (norm,)
 
-    @property
-    def eps(self) -> float:
-        return self._norm[0].eps
-
     def forward(self, hidden: Tensor, context: StepContext) -> Tensor:
         (norm,) = self._norm
         return kernels.rms_norm(hidden, norm.weight, norm.eps, dependent=depends(context))
-
-    def rest(self, hidden: Tensor, context: StepContext) -> Tensor | HalfNormed:
-        """Rows that were half normed where the product before left them, or all of the norm."""
-        half_normed = None
-        if isinstance(context, FusedContext):
-            half_normed, context.half_normed = context.half_normed, None
-        return self(hidden, context) if half_normed is None else half_normed
 
 
 class SiluMul(nn.Module):
@@ -168,23 +156,18 @@ class AddedLinear(nn.Module):
     own launch says so.
     """
 
-    def __init__(self, linear: nn.Linear, many_rows: bool) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._linear = (linear,)
         self._next: tuple[NormLinear, ...] = ()
-        self._next_of_many: Callable[[Tensor, StepContext], bool] | None = None
-        self.many_rows = many_rows
 
-    def lead_to(self, following: NormLinear, of_many: Callable[[Tensor, StepContext], bool] | None = None) -> None:
-        """Nothing but `following`, or the product of prefill in its place, reads the residual stream before it is added
-        to again. `of_many` says of the stream and a step whether that product, which can complete a norm, is next."""
-        self._next, self._next_of_many = (following,), of_many
+    def lead_to(self, following: NormLinear) -> None:
+        """Nothing but `following` reads the residual stream before it is added to again."""
+        self._next = (following,)
 
     def forward(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
         (linear,) = self._linear
-        if not as_in_decode(context):
-            return self._add_many(x, hidden, context)
-        if (launch := decode_launch(x, linear.weight, False)) is None:
+        if not as_in_decode(context) or (launch := decode_launch(x, linear.weight, False)) is None:
             return hidden.addmm_(x, linear.weight.t())
         following, dependent = self._next, context.dependent
         if following and launch.kernel == "tiled" and launch.halves and following[0].takes_half(x):
@@ -193,20 +176,6 @@ class AddedLinear(nn.Module):
             )
             return hidden
         return kernels.decode_linear(x, linear.weight, residual=hidden, dependent=dependent, launch=launch)
-
-    def _add_many(self, x: Tensor, hidden: Tensor, context: StepContext) -> Tensor:
-        """In prefill."""
-        weight = self._linear[0].weight
-        launch = prefill_launch("prefill_added", x, weight, context) if self.many_rows else None
-        if launch is None:
-            return hidden.addmm_(x, weight.t())
-        completes = self._next_of_many if x.dtype != torch.float16 else None
-        if isinstance(context, FusedContext) and completes is not None and completes(hidden, context):
-            gamma = self._next[0].norm_weight
-            context.half_normed = kernels.prefill_added(x, weight, hidden, gamma, launch, dependent=context.dependent)
-        else:
-            kernels.prefill_added(x, weight, hidden, launch=launch, dependent=depends(context))
-        return hidden
 
 
 class RopeCache(nn.Module):
@@ -245,20 +214,15 @@ class QkvRope(nn.Module):
         heads = a.heads, a.kv_heads, a.dim
         return launch is not None and takes_heads(*heads) and holds_heads(launch, *heads)
 
-    def forward(self, normed: Tensor | HalfNormed, positions: Tensor, context: StepContext, norm_eps: float) -> Rotated:
-        """q [tokens, heads, dim]; and k, v [tokens, kv_heads, dim] where attention may use them without the cache.
-
-        `norm_eps` is that of the norm which half-normed rows still want to be completed.
-        """
+    def forward(self, normed: Tensor, positions: Tensor, context: StepContext) -> Rotated:
+        """q [tokens, heads, dim]; and k, v [tokens, kv_heads, dim] where attention may use them without the cache."""
         (a,) = self._attention
         wants_kv = context.cu_seqlens_k is not None
-        rows = normed.rows if isinstance(normed, HalfNormed) else normed
         result: Any = kernels.prefill_qkv_rope(
             normed, a.qkv_proj.weight, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None,
             a.rotary.table, positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
             a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, bias=a.qkv_proj.bias, return_kv=wants_kv,
-            launch=prefill_launch("prefill_qkv_rope", rows, a.qkv_proj.weight, context), dependent=depends(context),
-            norm_eps=norm_eps,
+            launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context), dependent=depends(context),
         )  # fmt: skip
         return result if wants_kv else (result, None, None)
 
@@ -277,11 +241,10 @@ class GateUp(nn.Module):
             return best_prefill_gate_up(*shape_of(x.shape[0], linear.weight, True))
         return prefill_launch("prefill_gate_up", x, linear.weight, context)
 
-    def forward(self, normed: Tensor | HalfNormed, context: StepContext, norm_eps: float) -> Tensor:
-        """[tokens, inter]; `norm_eps` as of `QkvRope`."""
-        launch = self.launch(normed.rows if isinstance(normed, HalfNormed) else normed, context)
-        weight = self._linear[0].weight
-        return kernels.prefill_gate_up(normed, weight, launch, dependent=depends(context), eps=norm_eps)
+    def forward(self, normed: Tensor, context: StepContext) -> Tensor:
+        """[tokens, inter]."""
+        launch = self.launch(normed, context)
+        return kernels.prefill_gate_up(normed, self._linear[0].weight, launch, dependent=depends(context))
 
 
 class PrefillAttention(nn.Module):
@@ -347,18 +310,17 @@ class FusedLayer(nn.Module):
         self.prefill_attention = PrefillAttention(attention)
         self.rope_cache = RopeCache(attention)
         self.qkv_rope = QkvRope(attention)
-        many_rows = "prefill_epilogues" in features
-        self.added_o = AddedLinear(attention.o_proj, many_rows)
+        self.added_o = AddedLinear(attention.o_proj)
         self.norm_gate_up = NormLinear(layer.post_attention_layernorm, mlp.gate_up_proj, gated=True)
         self.gate_up = GateUp(mlp.gate_up_proj)
-        self.added_down = AddedLinear(mlp.down_proj, many_rows)
+        self.added_down = AddedLinear(mlp.down_proj)
         if {"half_norm", "norm_gate_up"} <= features:
-            self.added_o.lead_to(self.norm_gate_up, self._gates_at_once)
+            self.added_o.lead_to(self.norm_gate_up)
 
     def followed_by(self, layer: FusedLayer) -> None:
         """`layer` comes next."""
         if {"half_norm", "norm_qkv"} <= self.features:
-            self.added_down.lead_to(layer.norm_qkv, layer._projects_at_once)
+            self.added_down.lead_to(layer.norm_qkv)
 
     @property
     def cache(self) -> KVWrite:
@@ -367,10 +329,10 @@ class FusedLayer(nn.Module):
     def forward(self, hidden: Tensor, residual: None, positions: Tensor, context: StepContext) -> tuple[Tensor, None]:
         attention, mlp = self.plain.self_attn, self.plain.mlp
         qkv: Tensor | Rotated
-        if self._norms_in(self.norm_qkv, "norm_qkv", hidden, context):
+        if "norm_qkv" in self.features and self.norm_qkv.takes(hidden, context, self.max_prefill_rows):
             qkv = self.norm_qkv(hidden, context)
         elif self._rotates_at_once(hidden, context):
-            qkv = self.qkv_rope(self.input_norm.rest(hidden, context), positions, context, self.input_norm.eps)
+            qkv = self.qkv_rope(self.input_norm(hidden, context), positions, context)
         else:
             qkv = attention.qkv_proj(self.input_norm(hidden, context))
         if self.last and isinstance(context, PrefillContext):
@@ -378,27 +340,13 @@ class FusedLayer(nn.Module):
         else:
             attended = self._attend(qkv, positions, context)
         hidden = self._added(self.added_o, attention.o_proj, attended, hidden, context)
-        if self._norms_in(self.norm_gate_up, "norm_gate_up", hidden, context):
+        if "norm_gate_up" in self.features and self.norm_gate_up.takes(hidden, context, self.max_prefill_rows):
             gated = self.norm_gate_up(hidden, context)
-        elif self._gates_at_once(hidden, context):
-            gated = self.gate_up(self.post_norm.rest(hidden, context), context, self.post_norm.eps)
+        elif "prefill_epilogues" in self.features and self.gate_up.launch(hidden, context) is not None:
+            gated = self.gate_up(self.post_norm(hidden, context), context)
         else:
             gated = self.silu_mul(mlp.gate_up_proj(self.post_norm(hidden, context)), context)
         return self._added(self.added_down, mlp.down_proj, gated, hidden, context), None
-
-    def _norms_in(self, product: NormLinear, feature: str, hidden: Tensor, context: StepContext) -> bool:
-        """Whether one kernel makes the norm and `product`."""
-        return feature in self.features and product.takes(hidden, context, self.max_prefill_rows)
-
-    def _projects_at_once(self, hidden: Tensor, context: StepContext) -> bool:
-        """Whether the layer begins with the projection that rotates too."""
-        return not self._norms_in(self.norm_qkv, "norm_qkv", hidden, context) and self._rotates_at_once(hidden, context)
-
-    def _gates_at_once(self, hidden: Tensor, context: StepContext) -> bool:
-        """Whether gate and up projection make the activation too, behind a norm."""
-        if "prefill_epilogues" not in self.features or self.gate_up.launch(hidden, context) is None:
-            return False
-        return not self._norms_in(self.norm_gate_up, "norm_gate_up", hidden, context)
 
     def _rotates_at_once(self, hidden: Tensor, context: StepContext) -> bool:
         """Whether the projection's kernel rotates and writes the cache; short prompts' attention would do that too."""

@@ -172,11 +172,6 @@ def prefill_products(
         return torch.empty(shape, dtype=dtype, device=META)
 
     x, out = new(rows, hidden), (heads + 2 * kv_heads) * head_dim
-    halved = dtype != torch.float16
-    left = kernels.prefill_added(
-        new(rows, heads * head_dim), new(hidden, heads * head_dim), x, new(hidden) if halved else None, gate_up,
-        dependent=True,
-    )  # fmt: skip
     kernels.prefill_gate_up(x, new(2 * inter, hidden), gate_up, dependent=True)
     gamma, bias = (new(head_dim), None) if qkv else (None, new(out))
     cache = new(4, 256, kv_heads, head_dim)
@@ -186,12 +181,6 @@ def prefill_products(
         heads, kv_heads, head_dim, 1e-6, bias, return_kv=bias is None, launch=qkv,
         dependent=True,
     )  # fmt: skip
-    if left is not None:
-        kernels.prefill_gate_up(left, new(2 * inter, hidden), gate_up, dependent=True, eps=1e-6)
-        kernels.prefill_qkv_rope(
-            left, new(out, hidden), gamma, gamma, torch.empty(4096, head_dim, device=META), numbers, numbers, cache,
-            cache, heads, kv_heads, head_dim, 1e-6, bias, return_kv=True, launch=qkv, dependent=True, norm_eps=1e-6,
-        )  # fmt: skip
 
 
 def decode_linear(

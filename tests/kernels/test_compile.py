@@ -15,7 +15,6 @@ DEPENDENT = {
     "decode_linear_tiled.decode_linear_tiled_kernel",
     "decode_linear.decode_linear_vector_kernel",
     "embed_rows.embed_rows_kernel",
-    "prefill_added.prefill_added_kernel",
     "prefill_attention.prefill_attention_kernel",
     "prefill_gate_up.prefill_gate_up_kernel",
     "prefill_qkv_rope.prefill_qkv_rope_kernel",

@@ -1,4 +1,4 @@
-"""prefill_gate_up, prefill_qkv_rope and prefill_added against float64: odd shapes, all launches, both ways to load."""
+"""prefill_gate_up and prefill_qkv_rope against float64: odd shapes, all launches, loads by descriptor and pointer."""
 
 import sys
 
@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import FUSIONS, prefill_added, prefill_gate_up, prefill_qkv_rope
+from kernels import FUSIONS, prefill_gate_up, prefill_qkv_rope
 from kernels.choices import chosen, none_chosen
-from kernels.decode_linear_tiled import HalfNormed
 from kernels.prefill_linear import Launch, best_launch, can_describe
 
 EPS = 1e-6
 MAX_POS = 50
 LINEAR = sys.modules["kernels.prefill_linear"]
-ADDED, GATE_UP, QKV_ROPE = (sys.modules[f"kernels.prefill_{name}"] for name in ("added", "gate_up", "qkv_rope"))
+GATE_UP, QKV_ROPE = sys.modules["kernels.prefill_gate_up"], sys.modules["kernels.prefill_qkv_rope"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,7 @@ def defaults():
 def described(request, monkeypatch):
     """Whether loads by descriptor are allowed; where a row is no multiple of 16 bytes they are not possible."""
     if not request.param:
-        for module in (ADDED, GATE_UP, QKV_ROPE):
+        for module in (GATE_UP, QKV_ROPE):
             monkeypatch.setattr(module, "can_describe", lambda *tensors: False)
     return request.param
 
@@ -65,70 +64,6 @@ def test_every_launch_of_gate_up(launch, kind, described, randn, assert_close):
     assert_close(prefill_gate_up(x, weight, launch), gated(x, weight))
 
 
-def half_normed(x: Tensor, gamma: Tensor, parts: int) -> tuple[HalfNormed, Tensor]:
-    """x [rows, K] half through a norm, its squares in `parts` sums; and all through it, in float64."""
-    sums = torch.stack([part.float().square().sum(1) for part in x.tensor_split(parts, dim=1)])
-    wide = x.double()
-    normed = wide / torch.sqrt((wide**2).mean(1, keepdim=True) + EPS) * gamma.double()
-    return HalfNormed((x.float() * gamma.float()).to(x.dtype), sums), normed
-
-
-WIDE = [torch.float32, torch.bfloat16]  # half a norm takes no float16
-
-
-@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
-@pytest.mark.parametrize("kind", WIDE, ids=str)
-@pytest.mark.parametrize("parts", [1, 3])
-def test_gate_up_completes_a_norm(launch, kind, parts, described, randn, assert_close):
-    """Rows whose factors differ by three orders of magnitude; several tiles of them."""
-    scale = torch.logspace(-1.5, 1.5, 90)[:, None].to(randn(1).device)
-    x, weight = (randn(90, 48) * scale).to(kind), randn(112, 48, dtype=kind, scale=0.3)
-    half, normed = half_normed(x, randn(48, dtype=kind), parts)
-    expected = gated(normed, weight)
-    assert_close(prefill_gate_up(half, weight, launch, eps=EPS), expected)
-    assert_close(FUSIONS["prefill_gate_up"].reference(half, weight, EPS), expected)
-
-
-# (rows, K, N) as of GATE_UPS
-ADDEDS = [(1, 32, 16), (37, 72, 40), (150, 64, 72), (9, 33, 21)]
-
-
-@pytest.mark.parametrize("shape", ADDEDS, ids=str)
-def test_added(shape, dtype, described, randn, assert_close):
-    rows, k, columns = shape
-    x, weight = randn(rows, k, dtype=dtype), randn(columns, k, dtype=dtype, scale=k**-0.5)
-    stream = randn(rows, columns, dtype=dtype)
-    expected, kept = stream.double() + x.double() @ weight.double().T, (x.clone(), weight.clone(), stream.clone())
-    assert prefill_added(x, weight, stream, launch=SMALL) is None
-    assert_close(stream, expected)
-    assert torch.equal(x, kept[0]) and torch.equal(weight, kept[1])
-    FUSIONS["prefill_added"].reference(x, weight, kept[2])
-    assert_close(kept[2], expected)
-
-
-@pytest.mark.parametrize("launch", [*LAUNCHES, None], ids=str)
-@pytest.mark.parametrize("kind", WIDE, ids=str)
-def test_added_leaves_half_a_norm(launch, kind, described, randn, assert_close):
-    """Of the stream as it was stored: gamma * stream, and its sums of squares over all columns."""
-    x, weight = randn(90, 48, dtype=kind), randn(72, 48, dtype=kind, scale=0.2)
-    stream, gamma = randn(90, 72, dtype=kind), randn(72, dtype=kind)
-    expected = stream.double() + x.double() @ weight.double().T
-    half = prefill_added(x, weight, stream, gamma, launch)
-    assert_close(stream, expected)
-    assert_close(half.rows, stream.double() * gamma.double())
-    assert half.squares.shape[1] == 90
-    sums = stream.double().square().sum(1)
-    assert torch.allclose(half.squares.double().sum(0), sums, rtol=1e-5)
-
-
-def test_half_a_norm_in_float16_is_refused(randn):
-    x, weight, stream = (randn(*shape, dtype=torch.float16) for shape in ((4, 32), (16, 32), (4, 16)))
-    with pytest.raises(ValueError, match="takes no float16"):
-        prefill_added(x, weight, stream, randn(16, dtype=torch.float16))
-    with pytest.raises(ValueError, match="stream must have shape"):
-        prefill_added(x, weight, stream[:3])
-
-
 def angles(head_dim: int, device: torch.device) -> Tensor:
     frequency = 100.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(MAX_POS, dtype=torch.float64)[:, None] * frequency
@@ -148,9 +83,7 @@ def turned(heads: Tensor, gamma: Tensor | None, cos_sin: Tensor, positions: Tens
 class Case:
     """Random arguments, and what float64 makes of them."""
 
-    def __init__(
-        self, randn, device, rows, hidden, heads, kv_heads, dim, dtype, norm=True, bias=False, parts=0
-    ) -> None:
+    def __init__(self, randn, device, rows, hidden, heads, kv_heads, dim, dtype, norm=True, bias=False) -> None:
         out = (heads + 2 * kv_heads) * dim
         self.sizes = (heads, kv_heads, dim, EPS)
         self.x, self.weight = randn(rows, hidden, dtype=dtype), randn(out, hidden, dtype=dtype, scale=2 * hidden**-0.5)
@@ -162,10 +95,7 @@ class Case:
         self.slots = torch.randperm(blocks * 16)[:rows].to(device=device, dtype=torch.int32)
         self.slots[1::3] = -1
         self.noise = randn(2, blocks, 16, kv_heads, dim, dtype=dtype)
-        wide_x = self.x.double()
-        if parts:
-            self.x, wide_x = half_normed(self.x, randn(hidden, dtype=dtype), parts)
-        wide = wide_x @ self.weight.double().T + (0 if self.bias is None else self.bias.double())
+        wide = self.x.double() @ self.weight.double().T + (0 if self.bias is None else self.bias.double())
         q, k, self.v = wide.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], dim=1)
         self.q = turned(q, self.gammas[0], self.cos_sin, self.positions)
         self.k = turned(k, self.gammas[1], self.cos_sin, self.positions)
@@ -173,13 +103,12 @@ class Case:
     def run(self, function, return_kv=True, **options):
         """(what it returns, k_cache, v_cache)"""
         caches = self.noise[0].clone(), self.noise[1].clone()
-        x = self.x.rows if isinstance(self.x, HalfNormed) else self.x
-        kept = [t.clone() for t in (x, self.weight, self.cos_sin, self.positions, self.slots)]
+        kept = [t.clone() for t in (self.x, self.weight, self.cos_sin, self.positions, self.slots)]
         result = function(
             self.x, self.weight, *self.gammas, self.cos_sin, self.positions, self.slots, *caches, *self.sizes,
-            bias=self.bias, return_kv=return_kv, norm_eps=EPS, **options,
+            bias=self.bias, return_kv=return_kv, **options,
         )  # fmt: skip
-        now = (x, self.weight, self.cos_sin, self.positions, self.slots)
+        now = (self.x, self.weight, self.cos_sin, self.positions, self.slots)
         assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
         return result, *caches
 
@@ -219,15 +148,6 @@ def test_every_launch_of_qkv_rope(launch, kind, described, device, randn, assert
     """Tiles of one head and of two; several tiles of rows, the last of them not full."""
     case = Case(randn, device, 90, 48, 4, 2, 32, kind, bias=True)
     case.check(assert_close, *case.run(prefill_qkv_rope, launch=launch))
-
-
-@pytest.mark.parametrize("per_sm", [0, 1])
-@pytest.mark.parametrize("kind", WIDE, ids=str)
-def test_qkv_rope_completes_a_norm(per_sm, kind, described, device, randn, assert_close):
-    case = Case(randn, device, 90, 48, 4, 2, 32, kind, norm=per_sm == 0, parts=3)
-    launch = Launch(32, 64, 32, 4, 2, per_sm=per_sm)
-    case.check(assert_close, *case.run(prefill_qkv_rope, launch=launch))
-    case.check(assert_close, *case.run(FUSIONS["prefill_qkv_rope"].reference))
 
 
 def test_only_q_is_returned_by_default(device, randn, assert_close):

@@ -695,9 +695,11 @@ def test_decode_choices_say_which_way_runs() -> None:
     rows = {(row[0], row[1]): row[2:] for row in cells(choices.decode_choices())}
     few = measured["decode_linear"]["4096x1024 rows 1"]
     assert rows["input_norm+qkv_proj", "1"] == [f"**{few['us']:.1f}**", f"{few['cublas_us']:.1f}", "vector"]
-    many = measured["decode_linear"]["4096x1024 rows 256"]
-    assert many["path"] == "cublas" and many["cublas_us"] < many["us"]
-    assert rows["input_norm+qkv_proj", "256"] == [f"{many['us']:.1f}", f"**{many['cublas_us']:.1f}**", "library"]
+    many = measured["decode_linear"]["gated 3072x1024 rows 256"]
+    assert many["path"] == "prefill" and many["us"] < many["cublas_us"]
+    assert rows["post_norm+gate_up_proj+silu_mul", "256"] == [
+        f"**{many['us']:.1f}**", f"{many['cublas_us']:.1f}", "prefill's"
+    ]  # fmt: skip
     assert measured["decode_head"]["151936x1024 rows 1"]["launch"]["product"]["kernel"] == "vector"
     assert rows["final_norm+lm_head", "1"][2] == "vector"
 
