@@ -5,13 +5,16 @@ Small enough for compute-sanitizer: scripts/memcheck.sh runs these tests under i
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from engines.base import Request, SamplingParams
-from engines.fused import LLM
+from engines.fused import LLM, layers
+from kernels.decode_attention import Launch as Stream
+from kernels.prefill_linear import Launch as Prefill
 from tests.engines import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -47,6 +50,23 @@ def test_logits_across_blocks_and_chunks(engine):
         expected = reference.logits(one.prompt_token_ids, one.token_ids)
         error = ((one.logits - expected).norm() / expected.norm()).item()
         assert error < PRECISION[engine.config.dtype], (len(one.prompt_token_ids), error)
+
+
+def test_bfloat16_kernels_that_only_measurements_choose(monkeypatch):
+    """Prefill's products with their ends, as gate and up of decode too, and attention that holds a stream's first tile:
+    on a GPU with a table, larger shapes run them."""
+    launches = {"prefill_qkv_rope": Prefill(64, 64, 32, 4, 3), "prefill_gate_up": Prefill(64, 32, 32, 4, 3, per_sm=0)}
+    monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: launches[kernel])
+    monkeypatch.setattr(layers, "best_prefill_gate_up", lambda *_: launches["prefill_gate_up"])
+    monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
+    for splits in (1, 4):
+        stream = Stream(16, splits, 16, 1, True, 3, held=True)
+        monkeypatch.setattr(sys.modules["kernels.decode_attention"], "best_launch", lambda *_, stream=stream: stream)
+        options = {"enforce_eager": True, "features": ["-norm_gate_up", "-norm_qkv"]}
+        config = reference.config(options=options, device=DEVICE, dtype="bfloat16", kv_cache_tokens=1024)
+        engine = LLM(config)
+        test_logits_across_blocks_and_chunks(engine)
+        engine.close()
 
 
 def test_draws_come_back(engine):
