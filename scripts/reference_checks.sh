@@ -3,7 +3,7 @@
 #
 #   scripts/reference_checks.sh PART...
 #
-#   startup      how long a start takes with empty caches of compiled kernels, and with what that left    120 s
+#   startup      how long a start takes with empty caches of compiled kernels, and with what that left    200 s
 #   ablation     fused without each of its features, taking turns with all of them                        180 s
 #   validate     decode logits at every captured batch size and where contexts cross borders              150 s
 #   soak         10,000 random requests through a cache too small for them                                150 s
@@ -73,7 +73,7 @@ part() {
   case $1 in
     startup)
       [[ -e $caches ]] || kept=(--caches "$caches")
-      within startup "$(limit startup 120)" "$PYTHON" scripts/startup.py "${kept[@]}" \
+      within startup "$(limit startup 200)" "$PYTHON" scripts/startup.py "${kept[@]}" \
         --json "$RESULTS/startup.json" -- model="$MODEL"
       ;;
     checks)
