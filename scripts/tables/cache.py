@@ -48,3 +48,26 @@ def cache_size(folder: str = REFERENCE, engine: str = "nano") -> str:
     ]
     caption = f"{run['provenance']['gpu']['name']}, {run['model']}, engine {engine}; run in `{folder}`."
     return markdown([caption, "MiB"], rows)
+
+
+@table("memory-beside")
+def memory_beside(folder: str = REFERENCE, engines: str = "nano,fused") -> str:
+    """What engines hold in their latency runs beside the model's matrices and the cache, in MiB."""
+    found, rows = runs(folder), []
+    for engine in engines.split(","):
+        run = run_of(found, engine)
+        config = model(run["model"])
+        out, inside = config.matrices["lm_head"]  # the embedding's too: counted once, as tied models hold it
+        matrices = config.num_layers * config.layer_weight_bytes + out * inside * config.element_bytes
+        tokens = run["capacity"]["kv_cache_tokens"]
+        known = matrices + tokens * config.num_layers * config.layer_token_bytes
+        held = [shape["timed"]["memory"] for shape in run["shapes"] if "memory" in shape.get("timed", {})]
+        most = {name: max(memory[name] for memory in held) for name in held[0]}
+        beside = [most[f"{name}_bytes"] - known for name in ("allocated", "peak_allocated", "reserved", "device_used")]
+        rows.append([engine, f"{tokens:,}", *(f"{size / MIB:,.0f}" for size in beside)])
+    head = ["engine", "tokens in the cache", "before a step", "in its largest step", "kept by PyTorch", "on the device"]
+    source = (
+        "MiB beside the matrices (a tied embedding once) and the cache, the most of a run's shapes; the first two "
+        f"of PyTorch's tensors, the last with CUDA's own. Runs: `{folder}`."
+    )
+    return "\n\n".join([markdown(head, rows), source])

@@ -183,6 +183,23 @@ def test_cache_size(tmp_path: Path) -> None:
         cache.cache_size(str(tmp_path), "fused")
 
 
+def test_memory_beside_by_hand(tmp_path: Path) -> None:
+    """Of qwen3-0.6b a layer's matrices have 15,728,640 elements, the head 151,936 × 1,024."""
+    known = (28 * 15_728_640 + 151_936 * 1024) * 2 + 2560 * 114_688
+
+    def memory(allocated: int, peak: int, reserved: int, device: int) -> dict[str, int]:
+        sizes = {"allocated": allocated, "peak_allocated": peak, "reserved": reserved, "device_used": device}
+        return {f"{name}_bytes": known + size * 2**20 for name, size in sizes.items()}
+
+    shapes = [
+        {"timed": {"status": "ok", "memory": memory(10, 30, 40, 70)}},
+        {"timed": {"status": "ok", "memory": memory(10, 20, 50, 60)}},
+        {"timed": {"status": "out of memory"}},
+    ]
+    write(tmp_path / "run", made_up_run(shapes=shapes))
+    assert cells(cache.memory_beside(str(tmp_path), "nano")) == [["nano", "2,560", "10", "30", "50", "70"]]
+
+
 # --- blocks ---
 
 
