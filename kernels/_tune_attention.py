@@ -23,15 +23,8 @@ from torch import Tensor
 from kernels import choices, decode_linear, qk_norm_rope_cache
 from kernels._timing import poisoned, relative_error, time_graph_us
 from kernels._triton import triton
-from kernels.decode_attention import (
-    Launch,
-    candidates,
-    decode_attention,
-    default_launch,
-    reference,
-    shape_key,
-    workspace,
-)
+from kernels.decode_attention import decode_attention, reference, workspace
+from kernels.decode_attention_launch import Launch, candidates, default_launch, shape_key
 
 LAYERS = 28
 CACHE_BYTES = 256 << 20

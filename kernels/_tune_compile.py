@@ -17,7 +17,7 @@ from kernels._tune_attention import candidates as attention_candidates
 from kernels._tune_candidates import candidates, compiled_for, head_candidates
 from kernels._tune_models import Model, Op
 from kernels._tune_products import HEAD_ROWS, Bench, HeadBench
-from kernels.decode_attention import Launch as AttentionLaunch
+from kernels.decode_attention_launch import Launch as AttentionLaunch
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.sample import TILE
 

@@ -53,7 +53,7 @@ from kernels._tune_products import (
     time_op,
 )
 from kernels._tune_settle import best_pairs, described, settle, ways
-from kernels.decode_attention import best_launch as best_attention
+from kernels.decode_attention_launch import best_launch as best_attention
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUICK_ROWS = (1, 16, 64)

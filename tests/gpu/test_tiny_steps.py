@@ -13,7 +13,7 @@ import torch
 
 from engines.base import Request, SamplingParams
 from engines.fused import LLM, layers
-from kernels.decode_attention import Launch as Stream
+from kernels.decode_attention_launch import Launch as Stream
 from kernels.prefill_linear import Launch as Prefill
 from tests.engines import reference
 

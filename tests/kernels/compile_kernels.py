@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels.decode_attention import Launch as AttentionLaunch
 from kernels.decode_attention import workspace
+from kernels.decode_attention_launch import Launch as AttentionLaunch
 from kernels.decode_linear import Launch, decode_linear_half_norm
 from kernels.prefill_linear import Launch as PrefillLaunch
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels import FUSIONS, decode_attention
-from kernels.decode_attention import PART_ROWS, Launch, candidates, default_launch, workspace
+from kernels.decode_attention import workspace
+from kernels.decode_attention_launch import PART_ROWS, Launch, candidates, default_launch
 
 EMPTY = torch.empty
 EPS = 1e-6

@@ -13,8 +13,8 @@ from kernels import _tune_attention, _tune_chain, _tune_compile, _tune_prefill, 
 from kernels import _tune_products as products
 from kernels._tune_candidates import candidates
 from kernels._tune_models import MODELS, Model, Op
-from kernels.decode_attention import Launch as AttentionLaunch
-from kernels.decode_attention import best_launch as best_attention
+from kernels.decode_attention_launch import Launch as AttentionLaunch
+from kernels.decode_attention_launch import best_launch as best_attention
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import best_launch as best_head
 from kernels.decode_linear import Launch, best_launch, best_prefill_gate_up, default_launch, shape_key

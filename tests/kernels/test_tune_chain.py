@@ -12,8 +12,8 @@ from kernels._tune_chain import Chain
 from kernels._tune_models import Model
 from kernels._tune_products import EPS, Bench, Found
 from kernels._tune_settle import best_pairs, settle, ways
-from kernels.decode_attention import Launch as AttentionLaunch
 from kernels.decode_attention import reference as attention_reference
+from kernels.decode_attention_launch import Launch as AttentionLaunch
 from kernels.decode_linear import Launch
 from kernels.prefill_linear import Launch as PrefillLaunch
 
@@ -95,7 +95,8 @@ def test_chain_is_a_steps_layers(path, launches, halves, monkeypatch):
         stream = stream + attended @ weights["o"].T
         gate, up = (norm("gate_up") @ weights["gate_up"].T).chunk(2, dim=1)
         stream = stream + (torch.nn.functional.silu(gate) * up) @ weights["down"].T
-    assert relative_error(chain.hidden, stream) < 2e-2
+    # The interpreter cuts bfloat16 off where the GPU rounds: 2 % here. A norm left out is wrong by half.
+    assert relative_error(chain.hidden, stream) < 4e-2
     with use(path):
         assert chain.time_us(launches) == 10.0
 
