@@ -10,9 +10,9 @@
 #   memcheck     compute-sanitizer over the kernels                                                       180 s
 #   checks       these three at once: none of them is timed; what they say goes to $RESULTS/PART.log
 #   ops          RMSNorm and the linear layer after it, fused and not, from 1 to 16,384 rows              150 s
-#   serving      requests that arrive at several rates, nano and fused                                    150 s
-#   energy       J per token of a few steps, nano and fused                                               120 s
-#   alone        fused with each of its features alone, taking turns with none                            210 s
+#   serving      requests that arrive at several rates, nano and fused                                    300 s
+#   energy       J per token of a few steps, nano and fused                                               150 s
+#   alone        fused with each of its features alone, taking turns with none                            400 s
 #   vllm         serving and energy of vLLM                                                               150 s each
 #   all          startup ablation checks ops serving energy
 #
@@ -84,7 +84,7 @@ part() {
       [[ -n ${DRY_RUN:-} ]] || tail -n 6 "$RESULTS"/{validate,soak,memcheck}.log
       ;;
     ablation | alone)
-      seconds=$([[ $1 == alone ]] && echo 210 || echo 180)
+      seconds=$([[ $1 == alone ]] && echo 400 || echo 180)
       within "$1" "$(limit "$1" "$seconds")" scripts/reference_runs.sh "$1"
       ;;
     ops) within ops "$(limit ops 150)" env OPS_MODEL="$MODEL" scripts/reference_runs.sh ops ;;
@@ -98,8 +98,8 @@ part() {
       seconds=$(limit soak 150)
       within soak "$seconds" "$PYTHON" scripts/soak.py --seconds $((seconds / 3)) --json "$RESULTS/soak.json"
       ;;
-    serving) harness serving "$(limit serving 150)" engine=nano,fused "${serve[@]}" ;;
-    energy) harness energy "$(limit energy 120)" engine=fused,nano "${spend[@]}" ;;
+    serving) harness serving "$(limit serving 300)" engine=nano,fused "${serve[@]}" ;;
+    energy) harness energy "$(limit energy 150)" engine=fused,nano "${spend[@]}" ;;
     memcheck)
       within memcheck "$(limit memcheck 180)" env JSON="$RESULTS/memcheck.json" scripts/memcheck.sh \
         "${CHECKED:-bfloat16}"

@@ -9,9 +9,7 @@ beside them, because attention kernels that read whole tiles multiply masked val
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
 from collections.abc import Sequence as Listing
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -143,22 +141,16 @@ class PrefillGraphs:
     """The model's prefill step in two graphs that share one memory pool: `pool`, where other graphs have one that never
     run beside these. One, for each size of `buffers`, is of embedding and layers. It leaves the residual stream of the
     rows to draw from in `stream` [max_sequences, hidden], where the other goes on, for each number of rows: `draw`.
-
-    With `max_fused_rows`, norm and linear are one kernel in graphs of up to so many tokens, whatever the layers' own
-    limit, which weighs the host's launches too.
     """
 
-    def __init__(
-        self, model: Decoder, draw: Draw, buffers: PrefillBuffers, max_fused_rows: int | None = None, pool: Any = None
-    ) -> None:
+    def __init__(self, model: Decoder, draw: Draw, buffers: PrefillBuffers, pool: Any = None) -> None:
         self.model = model
         self.buffers = buffers
         self.stream = model.model.norm.weight.new_zeros(buffers.max_sequences, model.config.hidden_size)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = pool or torch.cuda.graph_pool_handle()
-        with fused_up_to(model.layers, max_fused_rows):
-            for size in reversed(buffers.sizes):  # the largest first: the others fit into its memory
-                self._capture(size, pool)
+        for size in reversed(buffers.sizes):  # the largest first: the others fit into its memory
+            self._capture(size, pool)
         self.ends = DecodeGraphs(
             lambda rows: draw(self.stream[:rows], buffers.rows), partial(buffers.clear, buffers.sizes[0]),
             buffers.max_sequences, pool,
@@ -192,16 +184,3 @@ def run_layers(model: Decoder, token_ids: Tensor, positions: Tensor, context: Pr
     for layer in model.layers:
         hidden, residual = layer(hidden, residual, positions, context)
     assert hidden is context.stream, "the residual stream of the rows to draw from must be changed in place"
-
-
-@contextmanager
-def fused_up_to(layers: list[Any], rows: int | None) -> Iterator[None]:
-    """Within, prefill steps of up to `rows` tokens run norm and linear as one kernel; None: as each layer has it."""
-    before = [] if rows is None else [(layer, layer.max_prefill_rows) for layer in layers]
-    try:
-        for layer, _ in before:
-            layer.max_prefill_rows = rows
-        yield
-    finally:
-        for layer, own in before:
-            layer.max_prefill_rows = own

@@ -20,7 +20,7 @@ from engines.base import Request, SamplingParams
 from engines.fused import LLM as Fused
 from engines.fused.features import FEATURES
 from engines.fused.prefill import HostInputs
-from engines.fused.prefill_graphs import Padded, PrefillBuffers, PrefillGraphs, fused_up_to, run_layers, token_sizes
+from engines.fused.prefill_graphs import Padded, PrefillBuffers, PrefillGraphs, run_layers, token_sizes
 from engines.fused.state import STAGES
 from engines.nano.layers.attention import torch_attention
 from engines.nano.prefill import PrefillInputs
@@ -206,19 +206,16 @@ def test_a_cached_prefix_does_not_fit(runner):
     assert not make_buffers(runner).fits([sequence])
 
 
-def test_limit_of_fused_rows_holds_only_within():
-    options = {"max_fused_prefill_rows": 20, "features": ("-prefill_products",)}
+@pytest.mark.parametrize(("limit", "fused"), [(32, True), (31, False)])
+def test_norm_and_linear_are_one_kernel_up_to_a_padded_size(limit, fused):
+    options = {"max_fused_prefill_rows": limit, "features": ("-prefill_products",)}
     runner = Fused(reference.config(options=options)).runner
     sequences, expected = make_step((30,), runner.num_blocks)
-    fused_rows = []
+    rows = []
     for layer in runner.model.layers:
-        layer.norm_qkv.register_forward_hook(lambda _module, args, _out: fused_rows.append(len(args[0])))
-    for limit, ran in ((None, []), (32, [32] * len(runner.model.layers)), (31, [])):
-        with fused_up_to(runner.model.layers, limit):
-            assert_close(padded_logits(runner, sequences), expected)
-        assert fused_rows == ran
-        fused_rows.clear()
-    assert [layer.max_prefill_rows for layer in runner.model.layers] == [20] * len(runner.model.layers)
+        layer.norm_qkv.register_forward_hook(lambda _module, args, _out: rows.append(len(args[0])))
+    assert_close(padded_logits(runner, sequences), expected)
+    assert rows == [32] * len(runner.model.layers) * fused
 
 
 def test_the_last_layer_goes_on_with_the_rows_to_draw_from(runner):

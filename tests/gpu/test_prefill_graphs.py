@@ -1,29 +1,18 @@
 """Captured prefill steps: logits of transformers, logits and tokens of the same step launch by launch, whatever ran
-before.
-
-Run as a program it says for each size of step what capture, replay and a whole step take, with norm and linear as one
-kernel and apart:
-
-    python -m tests.gpu.test_prefill_graphs [model, by default qwen3-0.6b]
-"""
+before."""
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-from engines.base import EngineConfig, Request, SamplingParams
+from engines.base import Request, SamplingParams
 from engines.fused import LLM, layers
-from engines.fused.prefill_graphs import MAX_SEQUENCES, PrefillBuffers, PrefillGraphs, token_sizes
+from engines.fused.prefill_graphs import PrefillBuffers, PrefillGraphs
 from engines.fused.state import STAGES
 from engines.nano.prefill import PrefillInputs
-from engines.nano.sequence import Sequence
 from kernels.prefill_linear import Launch
 from tests.engines import reference
 from tests.engines.test_prefill_graphs import FEW, SIZES, STEPS, make_step
@@ -32,7 +21,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 # Of the logits' norm: against transformers in float32, and against the same step unpadded.
 PRECISION = {"float32": (1e-4, 1e-4), "bfloat16": (5e-2, 3e-2)}
-REPEATS = 20
 
 
 @pytest.fixture(scope="module", params=PRECISION)
@@ -49,7 +37,12 @@ def runner(request):
 def graphs(runner, request):
     fused_rows, few = request.param
     buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device, dependent=True, few=few)
-    return PrefillGraphs(runner.model, runner.step.draw, buffers, max_fused_rows=fused_rows)
+    for layer in runner.model.layers:
+        layer.max_prefill_rows = fused_rows
+    made = PrefillGraphs(runner.model, runner.step.draw, buffers)
+    for layer in runner.model.layers:
+        layer.max_prefill_rows = 0
+    return made
 
 
 def run(graphs, sequences):
@@ -118,7 +111,7 @@ def test_products_with_their_ends(runner, monkeypatch):
     monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: asked.append(kernel) or launches[kernel])
     monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
     buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device)
-    graphs = PrefillGraphs(runner.model, runner.step.draw, buffers, max_fused_rows=0)
+    graphs = PrefillGraphs(runner.model, runner.step.draw, buffers)
     assert set(asked) == set(launches)
     of_reference, _ = PRECISION[str(runner.dtype).removeprefix("torch.")]
     for lengths in STEPS:
@@ -207,103 +200,3 @@ def test_logits_that_are_kept(engines, count):
     for scored in engines[0].score(asked(count, SAMPLINGS["greedy"])):
         expected = reference.logits(scored.prompt_token_ids, scored.token_ids)
         assert error(scored.logits, expected) < PRECISION["float32"][0]
-
-
-def random_step(tokens: int, sequences: int, block_size: int, vocab: int) -> list[Sequence]:
-    made, block = [], 0
-    for length in [tokens // sequences] * sequences:
-        token_ids = torch.randint(vocab, (length,)).tolist()
-        sequence = Sequence(Request("", tuple(token_ids), SamplingParams()))
-        sequence.num_scheduled = length
-        sequence.block_table = list(range(block, block := block - (-length // block_size)))
-        made.append(sequence)
-    return made
-
-
-def gpu_ms(call) -> float:
-    def once() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(1_000_000)  # so that the host is ahead
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return statistics.median(once() for _ in range(REPEATS))
-
-
-def wall_ms(call) -> float:
-    def once() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - start)
-
-    return statistics.median(once() for _ in range(REPEATS))
-
-
-def step_through(graphs: PrefillGraphs, sequences: list[Sequence], block_size: int) -> list[int]:
-    """From the sequences to their tokens on the host."""
-    buffers = graphs.buffers
-    graphs.run(buffers.fill(sequences, block_size))
-    return buffers.rows.flight(sequences).read()
-
-
-@torch.inference_mode()
-def main(model: str = "qwen3-0.6b") -> None:
-    """Print the table of this module's docstring."""
-    from harness.checkpoints import random_checkpoint
-    from harness.config import compose
-
-    conf = compose([f"model={model}"]).model
-    tokens = 4096
-    engine = LLM(
-        EngineConfig(
-            random_checkpoint(conf, 0), max_model_len=tokens, max_num_seqs=16, max_num_batched_tokens=4 * tokens,
-            kv_cache_tokens=4 * tokens, options={"enforce_eager": True},
-        )
-    )  # fmt: skip
-    runner = engine.runner
-    print(f"{model}, {torch.cuda.get_device_name()}, attention {runner.backend_name}; ms, medians of {REPEATS}")
-    print("'one' and 'two': norm and linear as one kernel, and apart; x16: the same tokens in 16 sequences")
-    columns = ("tokens", "capture", "replay one", "replay two", "two, x16", "step one", "step two", "launched")
-    print("".join(f"{name:>12}" for name in columns), flush=True)
-    for size in token_sizes(tokens):
-        buffers = PrefillBuffers((size,), MAX_SEQUENCES, runner.max_blocks, runner.device)
-        single = random_step(size, 1, runner.block_size, conf.vocab_size)
-        many = random_step(size, 16, runner.block_size, conf.vocab_size)
-        for max_fused_rows in (size, 0):  # compiles
-            PrefillGraphs(runner.model, runner.step.draw, buffers, max_fused_rows)
-        one = PrefillGraphs(runner.model, runner.step.draw, buffers, size)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        two = PrefillGraphs(runner.model, runner.step.draw, buffers, 0)
-        torch.cuda.synchronize()
-        capture_ms = 1000 * (time.perf_counter() - start)
-        buffers.upload(buffers.fill(single, runner.block_size).size)
-        replays = [gpu_ms(graphs.graphs[size].replay) for graphs in (one, two)]
-        buffers.upload(buffers.fill(many, runner.block_size).size)
-        replays.append(gpu_ms(two.graphs[size].replay))
-        steps = [wall_ms(partial(step_through, graphs, single, runner.block_size)) for graphs in (one, two)]
-        launched = wall_ms(lambda: runner.run(single, True))  # noqa: B023
-        print(f"{size:>12}" + "".join(f"{ms:>12.3f}" for ms in (capture_ms, *replays, *steps, launched)), flush=True)
-        del one, two
-    for attempt in ("all sizes", "again"):
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        start = time.perf_counter()
-        buffers = PrefillBuffers(token_sizes(tokens), MAX_SEQUENCES, runner.max_blocks, runner.device)
-        graphs = PrefillGraphs(runner.model, runner.step.draw, buffers)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        torch.cuda.empty_cache()
-        held = (torch.cuda.memory_reserved() - before) / 2**20
-        print(f"{attempt}: {len(graphs.graphs)} graphs in {seconds:.2f} s, {held:.0f} MiB")
-        del graphs, buffers
-    engine.close()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
