@@ -135,7 +135,9 @@ def section(data: Data, plots: Plots) -> Section | None:
         title = f"{engine}, {its_name(family)} and others: {family.title}"
         caption = (
             f"Change of the time against {its_name(family)} (line), with the 95 % interval of rounds that ran next to "
-            "each other, or what two intervals leave open. Each column has its own scale; the largest change is first."
+            "each other, or what two intervals leave open; the table has the ends of those that are cut off. Each "
+            "column has its own scale; the largest change is first. A ratio is to the reference that took turns with "
+            "its row, which may be another than the one whose times are in the first row."
         )
         parts += [html.heading(title),
                   plots.add(drawn(family), f"ablation-{engine}-{its_name(family)}-{family.title}", title, caption),
@@ -165,16 +167,15 @@ def drawn(family: Family) -> Figure:
             ratio = variant.over(family.reference, item)
             percent, low, high = (100 * (value - 1) for value in (ratio.median, ratio.low, ratio.high))
             axes.barh(place, percent, 0.7, **style.part("mlp", variant.engine))
-            # An interval of few rounds may reach far beyond every bar; the table has its ends.
-            whiskers = [] if ratio.once else [low, high]
-            if whiskers:
-                axes.plot(whiskers, [place, place], color=style.INK, linewidth=0.9)
-            ends.append((percent, max(percent, 0.0, *whiskers), place))
+            ends.append((percent, [] if ratio.once else [low, high], place))
         reach = 1.5 * max((abs(percent) for percent, _, _ in ends), default=0.0) + 0.5
         lowest = min((percent for percent, _, _ in ends), default=0.0)
         axes.set_xlim(min(-0.25 * reach, 1.5 * lowest), 1.35 * reach)
-        for percent, end, place in ends:
-            at = (min(end, reach), place)
+        for percent, whiskers, place in ends:
+            # An interval of few rounds may reach far beyond every bar; the table has its ends.
+            shown = [min(end, reach) for end in whiskers]
+            axes.plot(shown, [place] * len(shown), color=style.INK, linewidth=0.9)
+            at = (max(percent, 0.0, *shown), place)
             axes.annotate(f"{percent:+.1f}", at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
         axes.axvline(0, color=style.INK, linewidth=0.9)
         axes.set_title(item.replace(", ", "\n"), fontsize=8)

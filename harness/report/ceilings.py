@@ -18,7 +18,7 @@ from harness.report.html import Section
 from harness.report.plots import Plots
 from harness.report.traces import in_order
 from harness.roofline.__main__ import ceilings_of
-from harness.roofline.ceilings import Ceilings
+from harness.roofline.ceilings import Ceilings, Key
 from harness.roofline.ceilings import given as of_datasheet
 from harness.roofline.table import STEP, Line, lines
 
@@ -72,7 +72,7 @@ def placed(data: Data, setting: Setting, given: Ceilings | None) -> tuple[list[P
     for entry in setting.entries:
         run: Mapping[str, Any] = entry.run
         try:
-            limit, said = (given, "") if given else _limit(run)
+            limit, said = (given, "") if given else _limit(run, data)
             if said:
                 reasons[said] = None
             for of_shape in lines(data.runs, run, limit):
@@ -84,11 +84,16 @@ def placed(data: Data, setting: Setting, given: Ceilings | None) -> tuple[list[P
     return found, list(reasons)
 
 
-def _limit(run: Mapping[str, Any]) -> tuple[Ceilings, str]:
-    """A run's measured ceilings, else its GPU's datasheet and a sentence on that. InputError: neither is known."""
+def _limit(run: Mapping[str, Any], data: Data) -> tuple[Ceilings, str]:
+    """A run's measured ceilings, or those that another run on the page was measured under with the same GPU, driver and
+    torch, else its GPU's datasheet and a sentence on that. InputError: none is known."""
     try:
         return ceilings_of(run), ""
     except InputError:
+        for other in data.runs.runs if not run.get("ceilings") else ():
+            same = Key.of(other["provenance"], other["device"]) == Key.of(run["provenance"], run["device"])
+            if other.get("ceilings") and same:
+                return ceilings_of(other), f"{machine_of(run)}: ceilings as measured for {data.name_of(other)}."
         sheet = _DATASHEETS.get(machine_of(run))
         if run.get("ceilings") or sheet is None or run.get("dtype") not in _HALF:
             raise

@@ -157,6 +157,11 @@ class Comparison:
         return sum((path / COMPARISON_FILE).is_file() for path in self.folder.glob("launch-*"))
 
     @property
+    def day(self) -> str:
+        """When it ended."""
+        return str(self.record.get("finished", UNKNOWN))[:10]
+
+    @property
     def model(self) -> str:
         return str(self.record["settings"].get("model", {}).get("name", UNKNOWN))
 
@@ -167,6 +172,13 @@ class Comparison:
     @property
     def slug(self) -> str:
         return self.folder.name
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether one engine's sets of features took turns, which have a section of their own."""
+        return len({engine for engine, _ in self.variants().values()}) == 1 and any(
+            "features=" in label for label in self.engines
+        )
 
     def variants(self) -> dict[str, tuple[str, int]]:
         """Label to engine and number among that engine's contestants."""

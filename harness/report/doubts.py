@@ -44,8 +44,8 @@ _SAYS = (
     (re.compile(r"left out\.$"), FAILED),
 )
 """How a sentence of `run.json` tells its kind; others are notes."""
-_SAME = ": the GPU was throttled"
-"""What a run says of one shape after the other."""
+_SAME = re.compile(r": (?=the GPU was throttled|the host was )")
+"""Where what a run says of one shape after the other begins."""
 _SHOWN = 6
 """Sentences of one kind that are shown without a click."""
 _NAMED = 4
@@ -122,8 +122,8 @@ def _merged(texts: Sequence[str]) -> list[str]:
     """Sentences, those that say the same of several shapes as one."""
     shapes: dict[str, list[str]] = {}
     for text in texts:
-        shape, same, rest = text.partition(_SAME)
-        shapes.setdefault(same + rest, []).append(shape) if same else shapes.setdefault(text, [])
+        shape, *rest = _SAME.split(text, maxsplit=1)
+        shapes.setdefault(": " + rest[0], []).append(shape) if rest else shapes.setdefault(text, [])
     return ["; ".join(of) + rest for rest, of in shapes.items()]
 
 
@@ -266,6 +266,6 @@ def _of(data: Data, comparison: Comparison) -> Iterator[Doubt]:
         yield Doubt(
             UNSURE,
             where,
-            f"{label}: the ratio's interval reaches over 1 in {len(names)} of {len(comparison.rows)} rows: "
-            f"{'; '.join(names)}.",
+            f"{comparison.names[label]}: the ratio's interval reaches over 1 in {len(names)} of "
+            f"{len(comparison.rows)} rows: {'; '.join(names)}.",
         )

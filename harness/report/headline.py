@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.compare.table import Cell, Row
 from harness.report import html
-from harness.report.data import Comparison, Data, Entry, Setting, Shape, comparable, driver_of, machine_of
+from harness.report.data import UNKNOWN, Comparison, Data, Entry, Setting, Shape, comparable, driver_of, machine_of
 from harness.report.html import Section
 
 _REASON = 80
@@ -129,14 +129,20 @@ def _column(entry: Entry) -> str:
 
 def _caption(setting: Setting, found: list[Line]) -> str:
     machines = sorted({machine_of(entry.run) for entry in setting.entries})
-    text = f"Median (95 % interval), no instrument attached. On {'; '.join(machines)}."
+    days: dict[str, list[str]] = {}
+    for entry in setting.entries:
+        days.setdefault(str(entry.run.get("started", UNKNOWN))[:10], []).append(entry.label)
+    text = f"Median (95 % interval), no instrument attached. On {'; '.join(machines)}"
+    text += ", " + "; ".join(f"{day} ({', '.join(of)})" for day, of in sorted(days.items())) if len(days) > 1 else ""
+    text += "."
     if any(value.once for line in found for value in line.values.values()):
         text += " What was timed once has no interval."
     ratios = any(peer(setting, entry, line) for line in found for entry in setting.entries)
     if ratios:
         text += (
-            " Ratios are to the fastest other verified engine on the same machine and driver, with what both intervals "
-            "leave open. Each engine ran by itself, so a drift of the machine from one run to the next is not in them."
+            " Ratios are to the fastest other verified engine on a GPU of the same name and driver, with what both "
+            "intervals leave open. Each engine ran by itself, so what differs from one host or run to the next is not "
+            "in the intervals."
         )
     elif len(setting.entries) > 1:
         drivers = sorted({driver_of(entry.run) for entry in setting.entries} - {""})
@@ -169,6 +175,6 @@ def _comparison_caption(comparison: Comparison) -> str:
     text = (
         f"Median over rounds (lowest – highest); ratio to {comparison.baseline} from rounds that ran next to each "
         f"other, with its 95 % interval {'over launches' if over else 'within these processes'}. "
-        f"{comparison.launches} launch{'' if comparison.launches == 1 else 'es'}."
+        f"{comparison.launches} launch{'' if comparison.launches == 1 else 'es'}, {comparison.day}."
     )
     return text + (f" Took no part: {', '.join(gone)}; the reasons are among the warnings." if gone else "")

@@ -108,7 +108,7 @@ def section(data: Data, plots: Plots) -> Section | None:
             )
             parts += [html.heading(str(setting)), plots.add(drawn(found), f"latency-{setting.slug}", title, caption)]
     for comparison in data.comparisons:
-        if found := comparison_panels(comparison):
+        if not comparison.is_ablation and (found := comparison_panels(comparison)):
             title = f"Time per token over batch: {comparison}"
             caption = "Median over rounds, and the range of the rounds. Engines took turns."
             parts += [

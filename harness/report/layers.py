@@ -136,7 +136,7 @@ def bars(found: Traced) -> Figure:
     for axes in panels[::_COLUMNS]:
         axes.set_ylabel("µs")
     names = [name for name in style.PARTS if name in used]
-    figure.legend(handles=style.legend_of(names), loc="outside lower center", ncols=6 if len(found) > 1 else 4)
+    figure.legend(handles=style.legend_of(names), loc="outside lower center", ncols=6 if len(found) >= _COLUMNS else 3)
     return figure
 
 

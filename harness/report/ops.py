@@ -19,7 +19,7 @@ from harness.report.plots import Plots
 KEYS = ["run_id", "op", "dtype", "mode", "weight"]
 _LOOKS = (("#0072b2", "o"), ("#d55e00", "^"), ("#009e73", "s"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"),
           ("#b8a900", "X"), ("#7f7f7f", "*"))  # fmt: skip
-"""One per variant: they are no engines, and are named in each plot."""
+"""One per variant, named in each plot; what bears an engine's name has that engine's."""
 _HIGHEST_RATIO = 2.5
 _VERDICTS = {"faster": "fusing wins", "slower": "fusing loses", "even": "unsure"}
 
@@ -44,7 +44,7 @@ def section(data: Data, plots: Plots) -> Section | None:
         title = f"{op}, weight {weight.replace('x', ' × ')}, {dtype}"
         caption = (
             f"Median of one call over the number of rows, {mode}, on {machine_of(run)}; right, over that of the "
-            "fastest unfused variant: below the line fusing wins."
+            f"fastest unfused variant: below the line fusing wins; above {_HIGHEST_RATIO} it is cut off."
         )
         found = study(run, op, weight)
         rows: list[list[html.Cell]] = []
@@ -118,8 +118,12 @@ def drawn(studied: Sequence[tuple[str, pd.DataFrame, Sequence[str]]]) -> Figure:
 def _lines(axes: Axes, at: pd.DataFrame) -> list[tuple[float, float, str, str]]:
     """A line for each variant; their ends, to be named."""
     ends = []
-    for i, variant in enumerate(at.columns):
-        shade, marker = _LOOKS[i % len(_LOOKS)]
+    engines = {variant: (style.color(variant), style.marker(variant)) for variant in at.columns if style.known(variant)}
+    free = [look for look in _LOOKS if look not in engines.values()]
+    others = [variant for variant in at.columns if variant not in engines]
+    looks = engines | {variant: free[i % len(free)] for i, variant in enumerate(others)}
+    for variant in at.columns:
+        shade, marker = looks[variant]
         of = at[variant].dropna()
         if of.empty:
             continue

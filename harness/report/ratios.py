@@ -27,7 +27,7 @@ def section(data: Data, plots: Plots) -> Section | None:
     parts = []
     for comparison in data.comparisons:
         found = ratios(comparison)
-        if not found or _is_ablation(comparison):
+        if not found or comparison.is_ablation:
             continue
         title = f"Ratios to {comparison.baseline}: {comparison}"
         caption = (
@@ -38,13 +38,6 @@ def section(data: Data, plots: Plots) -> Section | None:
         parts += [html.heading(str(comparison)),
                   plots.add(_drawn(comparison, found), f"ratios-{comparison.slug}", title, caption)]  # fmt: skip
     return Section("Comparison", parts) if parts else None
-
-
-def _is_ablation(comparison: Comparison) -> bool:
-    """Whether one engine's sets of features took turns, whose ratios have a section of their own."""
-    return len({engine for engine, _ in comparison.variants().values()}) == 1 and any(
-        "features=" in label for label in comparison.engines
-    )
 
 
 def ratios(comparison: Comparison) -> Found:
@@ -74,9 +67,10 @@ def _drawn(comparison: Comparison, found: Found) -> Figure:
             sure = ratio.verdict(row.higher_is_better) != "even"
             axes.errorbar(
                 ratio.value, y, xerr=[[ratio.value - ratio.low], [ratio.high - ratio.value]], capsize=2.5,
-                elinewidth=1.2, label=label if place == 0 else "_",
+                elinewidth=1.2,
                 **(look | {"markerfacecolor": shade if sure else style.PAGE}),
             )  # fmt: skip
+        axes.plot([], [], label=comparison.names[label], **(look | {"markerfacecolor": shade}))  # of the legend
     axes.axvline(1, color=style.INK, linewidth=1)
     ends = [end for _, cells in found for _, ratio in cells for end in (ratio.low, ratio.high)]
     if max(ends) > _WIDE * min(ends) > 0:
@@ -90,7 +84,7 @@ def _drawn(comparison: Comparison, found: Found) -> Figure:
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlabel(f"ratio to {comparison.baseline}")
     axes.grid(axis="x")
-    figure.legend(loc="outside upper right", ncols=min(3, len(labels)))
+    figure.legend(loc="outside upper right", ncols=2 if len(labels) > 3 else len(labels))
     return figure
 
 

@@ -47,8 +47,8 @@ def _gpu(data: Data, setting: Setting, plots: Plots) -> list[str]:
         return []
     title = f"Where the traced step goes: {setting}"
     caption = (
-        "Each part's median over traced steps, so that a bar is the step under its trace, which takes longer. Shapes "
-        "have scales of their own."
+        "Each part's median over traced steps, so that a bar, and the number beside it, is the step under its trace, "
+        "which mostly takes longer than without (the upright line). Shapes have scales of their own."
     )
     timed = {(e.label, s): e.pass_of(s, "timed").get("wall_us") for s in drawn for e in setting.entries}
     figure = _drawn(drawn, timed)
@@ -109,7 +109,7 @@ def _drawn(shapes: dict[Shape, Bars], timed: dict[tuple[str, Shape], float | Non
         used |= dict.fromkeys(_stack(axes, shape, bars, timed))
         style.thousands(axes.xaxis)
     list(grid.flat)[-1].set_xlabel("ms")
-    names = [name for name in style.PARTS if name in used]
+    names = [name for name in dict.fromkeys((*STEP_PARTS, *HOST_PHASES)) if name in used]
     handles: list[Artist] = list(style.legend_of(names))
     if any(timed.values()):
         handles.append(Line2D([], [], color=style.INK, linewidth=1.8, label="the step without a trace"))

@@ -84,6 +84,11 @@ def marker(engine: str) -> str:
     return _look(engine)[1]
 
 
+def known(engine: str) -> bool:
+    """Whether an engine has a colour and marker of its own."""
+    return engine in _ENGINES
+
+
 def _look(engine: str) -> tuple[str, str]:
     return _ENGINES.get(engine) or _OTHERS[zlib.crc32(engine.encode()) % len(_OTHERS)]
 

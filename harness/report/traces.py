@@ -13,6 +13,8 @@ from harness.report.data import Data, Entry, Shape
 SOURCES = (("cupti", None), ("nsys", None), ("cuda_event", "graph"), ("cuda_event", "eager"), ("host", None))
 """Best first, as (source, mode). Kernels say it of the step as it is timed; events in graphs of whole layers only; the
 eager trace includes waits for the host."""
+KERNELS = ("cupti", "nsys")
+"""Sources whose ops have no gaps in them; their whole layers have."""
 LAYERS, GAPS, HOST = "layers", "gaps", "host"
 OUTSIDE = ("embed", "head", "sample", "step")
 STEP_PARTS = (LAYERS, *OUTSIDE, GAPS, HOST)
@@ -59,7 +61,10 @@ class Trace:
         `gaps`: the GPU's time from first to last work less what is traced in it. `host`: the rest of the step's wall
         time. A trace without a GPU has no gaps.
         """
-        whole = self.layers[(self.layers["op"] == WHOLE_LAYER) | (self.layers["layer_index"] == NO_LAYER)]
+        outside = self.layers["layer_index"] == NO_LAYER
+        # A whole layer holds the gaps between its kernels, which count as gaps wherever kernels were seen.
+        by_op = self.source in KERNELS and self.has_ops
+        whole = self.layers[outside | ((self.layers["op"] == WHOLE_LAYER) != by_op)]
         part = whole["block"].where(whole["layer_index"] == NO_LAYER, LAYERS)
         sums = whole.assign(part=part).groupby([*_ITERATION, "part"])["latency_us"].sum().unstack("part").fillna(0.0)
         steps = self.steps.set_index("iteration").loc[sums.index]

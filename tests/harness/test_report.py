@@ -191,17 +191,18 @@ def test_kernels_are_preferred_and_parts_add_up(tmp_path: Path) -> None:
     parts, phases = (t for t in found.tables if t.section == "Where the step goes")
     [row] = parts.rows
     named = dict(zip(parts.header, row, strict=True))
-    # Of s = 1: wall 149, GPU 125; layers 2 × 41, embed 5, head 30, sample 6; 2 in gaps; 24 on the host.
+    # Of s = 1: wall 149, GPU 125; ops of layers 2 × 40, embed 5, head 30, sample 6; 4 in gaps; 24 on the host.
     assert named["traced by"] == "cupti, graph, arm default" and named["step, ms"] == "0.140"
-    assert named["decoder layers"] == "0.082" and named["final norm and head"] == "0.030"
-    assert named["gaps between kernels"] == "0.002" and named["host only"] == "0.024"
+    assert named["decoder layers"] == "0.080" and named["final norm and head"] == "0.030"
+    assert named["gaps between kernels"] == "0.004" and named["host only"] == "0.024"
     assert named["traced step"] == "0.149" and named["closure"] == "0.987" and named["overhead"] == "1.04×"
     assert phases.rows == [["decode, batch 1, context 128", "nano", "8.000", "12.00", "101.0"]]
 
 
 def test_roofline_shares_are_floor_over_time(h200_page: Page) -> None:
     """One op by hand: nano's lm_head at batch 1 reads 151,936 × 1024 bfloat16 weights."""
-    table = next(t for t in h200_page.tables if t.section == "Roofline" and "batch 1, context 128" in t.heading)
+    heading = "latency: decode, batch 1, context 128"
+    table = next(t for t in h200_page.tables if t.section == "Roofline" and heading in t.heading)
     row = dict(zip(table.header, next(r for r in table.rows if r[:2] == ["nano", "lm_head"]), strict=True))
     moved = 151936 * 1024 * 2 + 1024 * 2 + 151936 * 2
     assert close(row["MB"], moved / 1e6) and row["bound by"] == "bytes"
