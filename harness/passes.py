@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 
 import torch
 
@@ -87,7 +88,8 @@ class ShapeSteps:
     def samples(self, shape: Shape, width: int | None = None) -> Generator[Sample, None, None]:
         """Samples of `shape` without end; closing the generator leaves the engine idle. UnexpectedStep.
 
-        `width`: how many decode steps to take on one batch of prompts, if not as many as the shape is wide.
+        `width`: how many decode steps to take on one batch of prompts, if not as many as the shape is wide; exactly so
+        many samples come of it then, however long they take.
         """
         while True:
             ids = self._add(shape)
@@ -95,7 +97,7 @@ class ShapeSteps:
                 if shape.phase == "prefill":
                     yield from self._prefills(shape)
                 else:
-                    yield from self._decodes(shape, width or shape.width)
+                    yield from self._decodes(shape, width or shape.width, ROW_SECONDS if width is None else inf)
             finally:
                 self._engine.abort(ids)
 
@@ -120,8 +122,9 @@ class ShapeSteps:
             raise UnexpectedStep(f"{computed} tokens were computed instead of {shape.new_tokens} ({shape}).")
         yield _joined([sample for sample, _ in parts])
 
-    def _decodes(self, shape: Shape, width: int) -> Iterator[Sample]:
-        """`width` samples, after the prompts and the warm-up."""
+    def _decodes(self, shape: Shape, width: int, row_seconds: float) -> Iterator[Sample]:
+        """`width` samples, after the prompts and the warm-up; each row that ends early, after `row_seconds`, has one
+        fewer."""
         while (step := self._untimed()).kind != "decode" or step.batch_size != shape.batch_size:
             if step.finished or not self._engine.has_unfinished():
                 raise UnexpectedStep(
@@ -133,7 +136,7 @@ class ShapeSteps:
         if self._engine.launches_ahead and self._may_time_in_a_row:
             left = 1 + width
             while left > 1:
-                samples, step = self._row(shape, step, left)
+                samples, step = self._row(shape, step, left, row_seconds)
                 left -= 1 + len(samples)
                 yield from samples
             return
@@ -144,7 +147,7 @@ class ShapeSteps:
                 raise UnexpectedStep(f"A {step.kind} step of {step.batch_size} sequences came instead ({shape}).")
             yield replace(sample, context_len=step.context_len)
 
-    def _row(self, shape: Shape, before: Step, count: int) -> tuple[list[Sample], Step]:
+    def _row(self, shape: Shape, before: Step, count: int, seconds: float) -> tuple[list[Sample], Step]:
         """Up to `count` steps one right after the other, all but the first of them timed, and what the last one was;
         `before` is the step that ran last.
 
@@ -154,7 +157,7 @@ class ShapeSteps:
         label = step_label(shape.phase, shape.batch_size, shape.new_tokens, shape.context_len)
         ends_ns: list[int] = []
         traces: list[StepTrace] = []
-        stop_ns = time.perf_counter_ns() + ROW_SECONDS * 1e9
+        stop_ns = time.perf_counter_ns() + seconds * 1e9
         while len(ends_ns) < count and (len(ends_ns) < 2 or ends_ns[-1] < stop_ns):
             if self._instrument is not None:
                 self._instrument.start_step(label, shape.phase, shape.batch_size, shape.new_tokens)
@@ -163,7 +166,8 @@ class ShapeSteps:
                 traces.append(self._instrument.finish_step())
             ends_ns.append(time.perf_counter_ns())
         last, first = self._engine.last_step(), before.context_len + 2  # the row's first step has no end before it
-        if (last.kind, last.batch_size, last.context_len) != ("decode", shape.batch_size, first + len(ends_ns) - 2):
+        grown = _tokens_cached(last) - _tokens_cached(before)
+        if (last.kind, last.batch_size, grown) != ("decode", shape.batch_size, shape.batch_size * len(ends_ns)):
             raise UnexpectedStep(
                 f"{len(ends_ns)} decode steps of {shape.batch_size} sequences did not follow one another ({shape}): "
                 f"the last was a {last.kind} step of {last.batch_size} at {last.context_len} tokens."
@@ -191,6 +195,11 @@ class ShapeSteps:
         return self._engine.last_step()
 
 
+def _tokens_cached(step: Step) -> int:
+    """Of all its sequences: their mean is rounded, and could hide that one was left out."""
+    return sum(s.context_len for s in step.scheduled)
+
+
 def _joined(samples: Sequence[Sample]) -> Sample:
     """Consecutive steps as one sample; each step's intervals start after the steps before it."""
     if len(samples) == 1:
@@ -206,4 +215,4 @@ def _joined(samples: Sequence[Sample]) -> Sample:
         return Sample(wall_us, 0)
     known = [us for us in gpu_us if us is not None]
     total_us = sum(known) if len(known) == len(gpu_us) else None
-    return Sample(wall_us, 0, replace(first, intervals=intervals, gpu_us=total_us))
+    return Sample(wall_us, 0, replace(first, intervals=intervals, gpu_us=total_us, phases_us=None))

@@ -55,7 +55,7 @@ class LLM(NanoLLM):
     def add(self, request: Request) -> Sequence:
         sequence = super().add(request)
         seed = request.sampling.seed
-        sequence.seed = (self._seeds.getrandbits(SEED_BITS) if seed is None else seed) % (1 << SEED_BITS)
+        sequence.seed = (self._seeds.getrandbits(SEED_BITS) if seed is None else int(seed)) % (1 << SEED_BITS)
         return sequence
 
     def advance(self) -> None:

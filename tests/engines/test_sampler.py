@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -54,6 +55,13 @@ def test_greedy_and_hot_rows_in_one_batch():
     tokens = Sampler()(LOGITS.repeat(1000, 1), SamplingBatch.of(rows, len(LOGITS), torch.device("cpu")))
     assert set(tokens[::2].tolist()) == {3}
     assert len(set(tokens[1::2].tolist())) == len(LOGITS)
+
+
+@pytest.mark.parametrize("seed", [10**14, 2**63, 2**80, -1, np.int64(5)])
+def test_any_whole_number_is_a_seed(seed):
+    """One that the generator cannot take would fail its step for ever, and with it all requests beside it."""
+    seeded = SamplingParams(temperature=1.0, seed=seed)
+    assert torch.equal(draw(seeded, rows=20), draw(seeded, rows=20))
 
 
 def test_seeded_draw_depends_on_seed_and_position_alone():

@@ -12,6 +12,7 @@ import pytest
 from engines.base import Capacity, Request, Scheduled, Step
 from harness import passes
 from harness.instruments.phases import PhaseTimer
+from harness.instruments.probe import StepTrace
 from harness.passes import ShapeSteps, UnexpectedStep
 from harness.workloads import Prompts, Shape
 
@@ -139,3 +140,33 @@ def test_an_engine_that_launches_nothing_ahead_is_timed_from_its_own_call(clock:
 
     engine.last_step = last_step  # type: ignore[method-assign]
     assert {s.wall_us for s in samples(engine, clock, 5, 0)} == {STEP_US - 40}
+
+
+def test_rows_of_a_given_width_are_not_cut(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "ROW_SECONDS", 4.5 * STEP_US / 1e6)
+    engine = Ahead(clock)
+    with closing(ShapeSteps(engine, Prompts(1000, 0), 0.6).samples(SHAPE, width=20)) as source:
+        found = list(islice(source, 20))
+    contexts = [s.context_len for s in found]
+    assert contexts == list(range(contexts[0], contexts[0] + 20))  # of one batch of prompts
+
+
+def test_steps_counted_together_have_no_phases(clock: Clock) -> None:
+    traces = [StepTrace([], phases_us={"launch": us}) for us in (1.0, 2.0)]
+    joined = passes._joined([passes.Sample(5.0, 0, trace) for trace in traces])
+    assert joined.wall_us == 10.0 and joined.trace is not None and joined.trace.phases_us is None
+
+
+def test_a_sequence_left_out_is_seen_also_where_lengths_differ(clock: Clock) -> None:
+    engine = Ahead(clock, skips=9)
+    advance = engine.advance
+
+    def uneven() -> None:
+        first = bool(engine.prompts)
+        advance()
+        if first:  # the last prompt was computed a step later
+            engine.lengths[list(engine.lengths)[1]] += 1
+
+    engine.advance = uneven  # type: ignore[method-assign]
+    with pytest.raises(UnexpectedStep, match="did not follow one another"):
+        samples(engine, clock, 1, 0)

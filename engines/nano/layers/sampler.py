@@ -64,7 +64,7 @@ class Sampler(nn.Module):
             return logits.argmax(-1)
         noise = torch.empty_like(logits, dtype=torch.float32).exponential_()
         for row, seed, position in batch.seeds:
-            generator = torch.Generator(logits.device).manual_seed(seed * 1_000_003 + position)
+            generator = torch.Generator(logits.device).manual_seed((int(seed) * 1_000_003 + position) % (1 << 63))
             noise[row].exponential_(generator=generator)
         if batch.top_k is not None or batch.top_p is not None:
             divisors = batch.temperatures.clamp_min(COLDEST).unsqueeze(1)
