@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from harness.results import RunWriter, load
 from harness.schema import STEPS
+from harness.workloads import Shape as Workload
 
 Shape = tuple[str, int, int]
 """Phase, batch size, tokens."""
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "h200"
 DECODE: Shape = ("decode", 8, 128)
+NEAR = 3
 
 
 def step_rows(run_id: str, engine: str, shape: Shape, samples_us: Sequence[float] | NDArray[np.float64]) -> pa.Table:
@@ -71,19 +73,34 @@ def write(
 
 @dataclass(frozen=True)
 class Recorded:
-    """Recorded step times of one shape in us, in the order in which they were taken, of a launch that took `count`."""
+    """Recorded step times of one shape in us, in the order in which they were taken, of a launch that took `count`.
+
+    places: of each sample among the `width` decode steps on one batch of prompts, whose contexts grow; None in prefill
+    """
 
     samples: NDArray[np.float64]
     count: int
+    places: NDArray[np.int64] | None = None
+    width: int = 1
 
     def launch(self, rng: np.random.Generator, noise: float, slowdown: float = 0.0) -> NDArray[np.float64]:
-        """Another launch of as many steps: blocks of neighbours drawn from the samples, all of them off by one draw of
-        launch noise (standard deviation of the logarithm) and slower by the share `slowdown`."""
+        """Another launch of as many steps, all of them off by one draw of launch noise (standard deviation of the
+        logarithm) and slower by the share `slowdown`.
+
+        Of prefill, blocks of neighbours drawn from the samples. Of decode, at each place in turn one of the NEAR
+        samples that were taken nearest to it: each launch goes through the same contexts, and a step takes longer with
+        more.
+        """
         n = len(self.samples)
-        block = int(np.ceil(n ** (1 / 3)))
-        starts = rng.integers(n, size=-(-self.count // block))
-        index = (starts[:, None] + np.arange(block)) % n
-        return self.samples[index.ravel()[: self.count]] * np.exp(rng.normal(0, noise)) * (1 + slowdown)
+        if self.places is None:
+            block = int(np.ceil(n ** (1 / 3)))
+            starts = rng.integers(n, size=-(-self.count // block))
+            index = ((starts[:, None] + np.arange(block)) % n).ravel()[: self.count]
+        else:
+            apart = np.abs(self.places[None, :] - np.arange(self.width)[:, None])
+            nearest = np.argsort(np.minimum(apart, self.width - apart), axis=1, kind="stable")[:, :NEAR]
+            index = nearest[np.arange(self.count) % self.width, rng.integers(nearest.shape[1], size=self.count)]
+        return self.samples[index] * np.exp(rng.normal(0, noise)) * (1 + slowdown)
 
 
 @cache
@@ -95,5 +112,8 @@ def recorded(engine: str = "fused") -> dict[Shape, Recorded]:
     found = {}
     for (phase, batch, new, context), group in steps.groupby(["phase", "batch_size", "new_tokens", "context_len"]):
         shape = (phase, batch, new // batch if phase == "prefill" else context)
-        found[shape] = Recorded(group.sort_values("iteration")["wall_us"].to_numpy(), counts[shape])
+        group = group.sort_values("iteration")
+        width = Workload(*shape).width  # type: ignore[arg-type]
+        places = None if phase == "prefill" else group["iteration"].to_numpy() % width
+        found[shape] = Recorded(group["wall_us"].to_numpy(), counts[shape], places, width)
     return found
