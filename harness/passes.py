@@ -25,7 +25,7 @@ from harness.instruments.nvtx import Ranges, step_label
 from harness.instruments.probe import Instrument, StepTrace
 from harness.workloads import DECODE_WARMUP_STEPS, Prompts, Shape
 
-ROW_SECONDS = 10.0
+ROW_SECONDS = 1.0
 """After so long a row of steps ends, so that whoever takes the samples may stop: without a GPU steps take seconds."""
 
 
