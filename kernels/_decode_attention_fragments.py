@@ -15,6 +15,25 @@ from kernels._triton import tl, triton
 
 
 @triton.jit
+def _sources(
+    head, place, table, last, start, rest, n, d,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, KV_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where columns d of the tile's keys n lie, of which `rest` exist; and the mask that goes with it.
+
+    `place` is the first key's, for tiles that one block of the cache holds.
+    """
+    mask = n < rest
+    if WIDTH != BLOCK_WIDTH:
+        mask = mask & (d < WIDTH)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return head + place * KV_STRIDE + (n * KV_STRIDE + d), mask
+    else:
+        return head + places_of(table, last, start, n, BLOCK_SIZE, BLOCK_N) * KV_STRIDE + d, mask
+
+
+@triton.jit
 def _load_key_fragments(
     k_head, place, table, last, start, end,
     HALF: tl.constexpr, KV_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
@@ -28,13 +47,9 @@ def _load_key_fragments(
     piece = tl.arange(0, BLOCK_HALF // 8 * KEYS * WARPS)[:, None]
     n = piece // (32 * WARPS) % (KEYS // 8) * (8 * WARPS) + piece // 4 % (8 * WARPS)
     d = piece // (4 * KEYS * WARPS) * 32 + piece % 4 * 8 + tl.arange(0, 8)[None, :]
-    mask = n < end - start
-    if HALF != BLOCK_HALF:
-        mask = mask & (d < HALF)
-    if BLOCK_SIZE % (KEYS * WARPS) == 0:
-        source = k_head + place * KV_STRIDE + (n * KV_STRIDE + d)
-    else:
-        source = k_head + places_of(table, last, start, n, BLOCK_SIZE, KEYS * WARPS) * KV_STRIDE + d
+    source, mask = _sources(
+        k_head, place, table, last, start, end - start, n, d, HALF, BLOCK_HALF, KV_STRIDE, BLOCK_SIZE, KEYS * WARPS
+    )
     return tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
 
 
@@ -70,13 +85,9 @@ def _load_value_fragments(
     n = piece // (64 * WARPS) % (KEYS // 8) * (8 * WARPS) + piece // 32 % WARPS * 8
     n += piece % 4 * 2 + piece // (32 * WARPS) % 2
     d = piece // (8 * KEYS * WARPS) * 64 + piece // 4 % 8 * 8 + tl.arange(0, 8)[None, :]
-    mask = n < end - start
-    if WIDTH != BLOCK_W:
-        mask = mask & (d < WIDTH)
-    if BLOCK_SIZE % (KEYS * WARPS) == 0:
-        source = v_head + place * KV_STRIDE + (n * KV_STRIDE + d)
-    else:
-        source = v_head + places_of(table, last, start, n, BLOCK_SIZE, KEYS * WARPS) * KV_STRIDE + d
+    source, mask = _sources(
+        v_head, place, table, last, start, end - start, n, d, WIDTH, BLOCK_W, KV_STRIDE, BLOCK_SIZE, KEYS * WARPS
+    )
     return tl.load(source, mask=mask, other=0.0)
 
 

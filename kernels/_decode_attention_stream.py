@@ -29,6 +29,27 @@ def _attend_tile(q, k, v, rest, peak, norm, total, scale_log2, BLOCK_N: tl.const
 
 
 @triton.jit
+def _load_tile(
+    k_head, v_head, table, last, start, rest,
+    HEAD_DIM: tl.constexpr, KV_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys [BLOCK_N, D] from `start` on, of which `rest` exist, and their values [D, BLOCK_N]: as columns, for the
+    second product."""
+    n = tl.arange(0, BLOCK_N)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    v_n = tl.arange(0, BLOCK_N)[None, :]
+    v_d = tl.arange(0, BLOCK_D)[:, None]
+    within = n * KV_STRIDE + d if BLOCK_SIZE % BLOCK_N == 0 else d
+    v_within = v_n * KV_STRIDE + v_d if BLOCK_SIZE % BLOCK_N == 0 else v_d
+    places = places_of(table, last, start, n, BLOCK_SIZE, BLOCK_N)
+    v_places = places_of(table, last, start, v_n, BLOCK_SIZE, BLOCK_N)
+    k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < rest) & (d < HEAD_DIM), other=0.0)
+    v = tl.load(v_head + v_places * KV_STRIDE + v_within, mask=(v_n < rest) & (v_d < HEAD_DIM), other=0.0)
+    return k, v
+
+
+@triton.jit
 def from_stream(
     token, q_weight, k_weight, angle, table, last, k_head, v_head, begin, end, new_place, adds_new, writes_new,
     kv_head, eps, scale_log2,
@@ -59,17 +80,10 @@ def from_stream(
         q_gamma_other = tl.load(q_weight + other, mask=in_d, other=0.0)
         k_gamma = tl.load(k_weight + d, mask=in_d, other=0.0)
         k_gamma_other = tl.load(k_weight + other, mask=in_d, other=0.0)
-    n = tl.arange(0, BLOCK_N)[:, None]
-    within = n * KV_STRIDE + d if BLOCK_SIZE % BLOCK_N == 0 else d
-    # Values are loaded as columns, for the second product.
-    v_n = tl.arange(0, BLOCK_N)[None, :]
-    v_d = tl.arange(0, BLOCK_D)[:, None]
-    v_within = v_n * KV_STRIDE + v_d if BLOCK_SIZE % BLOCK_N == 0 else v_d
     if HELD:
-        places = places_of(table, last, begin, n, BLOCK_SIZE, BLOCK_N)
-        v_places = places_of(table, last, begin, v_n, BLOCK_SIZE, BLOCK_N)
-        k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < end - begin) & in_d, other=0.0)
-        v = tl.load(v_head + v_places * KV_STRIDE + v_within, mask=(v_n < end - begin) & (v_d < HEAD_DIM), other=0.0)
+        k, v = _load_tile(
+            k_head, v_head, table, last, begin, end - begin, HEAD_DIM, KV_STRIDE, BLOCK_SIZE, BLOCK_N, BLOCK_D
+        )
 
     wait_for_previous(DEPENDENT)
     g = tl.arange(0, BLOCK_G)[:, None]
@@ -105,9 +119,8 @@ def from_stream(
         peak, norm, total = _attend_tile(q, k, v, end - begin, peak, norm, total, scale_log2, BLOCK_N)
         start = begin + BLOCK_N
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        places = places_of(table, last, first, n, BLOCK_SIZE, BLOCK_N)
-        v_places = places_of(table, last, first, v_n, BLOCK_SIZE, BLOCK_N)
-        k = tl.load(k_head + places * KV_STRIDE + within, mask=(n < end - first) & in_d, other=0.0)
-        v = tl.load(v_head + v_places * KV_STRIDE + v_within, mask=(v_n < end - first) & (v_d < HEAD_DIM), other=0.0)
+        k, v = _load_tile(
+            k_head, v_head, table, last, first, end - first, HEAD_DIM, KV_STRIDE, BLOCK_SIZE, BLOCK_N, BLOCK_D
+        )
         peak, norm, total = _attend_tile(q, k, v, end - first, peak, norm, total, scale_log2, BLOCK_N)
     return tl.trans(total), norm, peak
