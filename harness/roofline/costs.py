@@ -71,6 +71,16 @@ class Shapes:
         return sum(out * inside for op, (out, inside) in self.matrices.items() if op in LAYER) * self.element_bytes
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all layers' matrices and the head's, which is the embedding's too where they are tied."""
+        return self.num_layers * self.layer_weight_bytes + self.vocab_size * self.hidden_size * self.element_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that all layers' caches hold per token."""
+        return self.num_layers * self.layer_token_bytes
+
+    @property
     def layer_token_bytes(self) -> int:
         """Bytes that one layer's cache holds per token: a key and a value of each key/value head."""
         return 2 * self.kv_size * self.element_bytes

@@ -43,12 +43,9 @@ def layer_times(folder: str = REFERENCE, engines: str = "vllm,nano,fused") -> st
 def memory_need(name: str = "qwen3-0.6b") -> str:
     """GiB of a model's matrices and cache for each batch and length, bfloat16, blocks of 256 tokens filled."""
     config = model(name)
-    layers = config.num_layers * config.layer_weight_bytes
-    weights = layers + config.vocab_size * config.hidden_size * config.element_bytes
-    token = config.num_layers * config.layer_token_bytes
     rows = []
     for batch in BATCHES:
-        needs = [weights + batch * -(-length // 256) * 256 * token for length in LENGTHS]
+        needs = [config.weight_bytes + batch * -(-length // 256) * 256 * config.token_bytes for length in LENGTHS]
         rows.append([str(batch), *(f"{need / GIB:.2f}" for need in needs)])
     return markdown(["batch", *(f"{length} tokens each" for length in LENGTHS)], rows, left=0)
 

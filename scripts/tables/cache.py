@@ -17,7 +17,7 @@ def cache_bytes() -> str:
     rows = []
     for name in MODELS:
         config = model(name)
-        token = config.num_layers * config.layer_token_bytes
+        token = config.token_bytes
         shape = f"{config.num_layers} × {config.num_kv_heads} × {config.head_dim}"
         sizes = [f"{token * BLOCK / MIB:.2f}", f"{token * SEQUENCE / MIB:,.0f}", f"{GIB // token:,}"]
         rows.append([name, shape, f"{token:,}", *sizes])
@@ -38,7 +38,7 @@ def cache_size(folder: str = REFERENCE, engine: str = "nano") -> str:
     total = run["provenance"]["gpu"]["memory_mib"]
     share = run["limits"]["gpu_memory_utilization"]
     tokens, block = run["capacity"]["kv_cache_tokens"], run["notes"]["block_size"]
-    token = config.num_layers * config.layer_token_bytes
+    token = config.token_bytes
     cached = tokens * token / MIB
     rows = [
         ["the GPU's memory", f"{total:,}"],
@@ -57,10 +57,8 @@ def memory_beside(folder: str = REFERENCE, engines: str = "nano,fused") -> str:
     for engine in engines.split(","):
         run = run_of(found, engine)
         config = model(run["model"])
-        out, inside = config.matrices["lm_head"]  # the embedding's too: counted once, as tied models hold it
-        matrices = config.num_layers * config.layer_weight_bytes + out * inside * config.element_bytes
         tokens = run["capacity"]["kv_cache_tokens"]
-        known = matrices + tokens * config.num_layers * config.layer_token_bytes
+        known = config.weight_bytes + tokens * config.token_bytes
         held = [shape["timed"]["memory"] for shape in run["shapes"] if "memory" in shape.get("timed", {})]
         most = {name: max(memory[name] for memory in held) for name in held[0]}
         beside = [most[f"{name}_bytes"] - known for name in ("allocated", "peak_allocated", "reserved", "device_used")]
