@@ -90,16 +90,21 @@ def _limit(run: Mapping[str, Any], data: Data) -> tuple[Ceilings, str]:
     try:
         return ceilings_of(run), ""
     except InputError:
-        for other in data.runs.runs if not run.get("ceilings") else ():
-            same = Key.of(other["provenance"], other["device"]) == Key.of(run["provenance"], run["device"])
-            if other.get("ceilings") and same:
-                return ceilings_of(other), f"{machine_of(run)}: ceilings as measured for {data.name_of(other)}."
+        if not run.get("ceilings") and (other := _measured_alike(run, data)):
+            return ceilings_of(other), f"{machine_of(run)}: ceilings as measured for {data.name_of(other)}."
         sheet = _DATASHEETS.get(machine_of(run))
         if run.get("ceilings") or sheet is None or run.get("dtype") not in _HALF:
             raise
     name = f"{machine_of(run)} by its datasheet"
     said = f"{name}: nobody measured the ceilings of this machine, and no kernel reaches these."
     return replace(of_datasheet(*sheet), device=name, matrix_dtype=str(run["dtype"])), said
+
+
+def _measured_alike(run: Mapping[str, Any], data: Data) -> dict[str, Any] | None:
+    """The first run on the page that holds ceilings, with the GPU, driver and torch of `run`."""
+    key = Key.of(run["provenance"], run["device"])
+    alike = (other for other in data.runs.runs if Key.of(other["provenance"], other["device"]) == key)
+    return next((other for other in alike if other.get("ceilings")), None)
 
 
 def _drawn(here: list[Placed]) -> Figure:
