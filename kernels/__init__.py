@@ -9,6 +9,8 @@ interpreter: TRITON_INTERPRET=1 before this import). The functions bear their mo
 from kernels._dependent import can_depend
 from kernels._fusion import Fusion
 from kernels._triton import HAVE_TRITON, INTERPRETED, runs_triton, use
+from kernels.causal_attention import FUSION as _CAUSAL_ATTENTION
+from kernels.causal_attention import causal_attention
 from kernels.decode_attention import FUSION as _DECODE_ATTENTION
 from kernels.decode_attention import decode_attention
 from kernels.decode_head import FUSION as _DECODE_HEAD
@@ -45,6 +47,7 @@ FUSIONS: dict[str, Fusion] = {
         _RMS_NORM_GATE_UP_SILU,
         _QK_NORM_ROPE_CACHE,
         _PAGED_ATTENTION,
+        _CAUSAL_ATTENTION,
         _SILU_MUL,
         _TILE_STATS,
         _CHOOSE_TOKEN,
@@ -63,6 +66,7 @@ __all__ = [
     "INTERPRETED",
     "Fusion",
     "can_depend",
+    "causal_attention",
     "choose_token",
     "decode_attention",
     "decode_head",

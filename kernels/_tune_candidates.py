@@ -70,31 +70,52 @@ def _vector_candidates(op: Op) -> Iterable[Launch]:
 def _tiled_candidates(op: Op, rows: int, quick: bool) -> Iterable[Launch]:
     """Tiles of W of 32 to 128 rows for 64 to 400 programs: their W held, or few and many loads under way in a loop."""
     padded = max(16, 1 << (rows - 1).bit_length())
-    for block_m in {min(64, padded), min(128, padded)}:
-        for tile_n in (32, 64, 128):
+    for block_m in sorted({min(64, padded), min(128, padded), 64}):
+        # Rows of x beyond the last fill the instruction where W's do not.
+        for tile_n in (32, 64, 128) if block_m <= padded else (32,):
             block_n = tile_n // 2 if op.gated else tile_n
             tiles = -(-op.out // block_n) * -(-rows // block_m)
-            warps = 8 if tile_n * block_m > 64 * 64 else 4
-            for split_k in (1, 2, 4, 6, 8, 12, 16):
-                part = op.k // split_k
-                if op.k % split_k or not 64 <= tiles * split_k <= 400:
-                    continue
-                if part in (128, 256, 512) and (tile_n + block_m) * part * 2 <= 160 << 10:
-                    # A thread's registers hold W's part, then x's, and in the end the sums' tiles of all parts.
-                    held = max(tile_n, block_m) * part // 64
-                    held_warps = max(4, min(8, held // 64))
-                    if split_k == 1 or split_k * tile_n * block_m < 512 * 32 * held_warps:
-                        yield Launch("tiled", block_n, part, held_warps, block_m, 1, split_k)
-                block_k = 128 if block_m <= 64 and tile_n <= 64 else 64
-                if split_k > 4 or part % block_k or part < 3 * block_k:
-                    continue
-                stage_bytes = (tile_n + block_m) * block_k * 2
-                # The next kernel's programs start early only if there is room for both.
-                for shared_bytes in (108 << 10,) if quick else (108 << 10, 200 << 10):
-                    for most in TILED_STAGES:
-                        num_stages = min(most, part // block_k, shared_bytes // stage_bytes)
-                        if num_stages >= 2:
-                            yield Launch("tiled", block_n, block_k, warps, block_m, num_stages, split_k)
+            for split_k in (1, 2, 3, 4, 6, 8, 12, 16):
+                if op.k % split_k == 0 and 64 <= tiles * split_k <= 400:
+                    yield from _held_candidates(op, block_m, tile_n, split_k)
+                    if split_k <= 4 and block_m <= padded:
+                        yield from _looped_candidates(op, block_m, tile_n, split_k, quick)
+
+
+def _held_candidates(op: Op, block_m: int, tile_n: int, split_k: int) -> Iterable[Launch]:
+    """A program's part of W is one tile: in registers, or in shared memory."""
+    part, block_n = op.k // split_k, tile_n // 2 if op.gated else tile_n
+    shared_bytes = (tile_n + block_m) * part * 2
+    held = max(tile_n, block_m) * part // 64
+    for num_warps, described in ((max(4, min(8, held // 64)), False), (4, True), (8, True)):
+        # In the end the sums' tiles of all parts are in a thread's registers.
+        if split_k > 1 and split_k * tile_n * block_m >= 512 * 32 * num_warps:
+            continue
+        if described:
+            # Instructions of 16 rows take W from registers, and so do others where gate and up are one tile.
+            held_in_registers = max(tile_n, block_m) < 64 or (op.gated and tile_n >= 64)
+            fits = part <= 1024 and shared_bytes <= 200 << 10 and not (held_in_registers and part > 512)
+            fits = fits and (num_warps == 8 or tile_n * block_m <= 64 * 64)
+        else:
+            fits = part <= 512 and shared_bytes <= 160 << 10
+        if part >= 128 and part & (part - 1) == 0 and fits:
+            yield Launch("tiled", block_n, part, num_warps, block_m, 1, split_k, described=described)
+
+
+def _looped_candidates(op: Op, block_m: int, tile_n: int, split_k: int, quick: bool) -> Iterable[Launch]:
+    """A program's part of W comes through a pipelined loop."""
+    part, block_n = op.k // split_k, tile_n // 2 if op.gated else tile_n
+    warps = 8 if tile_n * block_m > 64 * 64 else 4
+    block_k = 128 if block_m <= 64 and tile_n <= 64 else 64
+    if part % block_k or part < 3 * block_k:
+        return
+    stage_bytes = (tile_n + block_m) * block_k * 2
+    # The next kernel's programs start early only if there is room for both.
+    for shared_bytes in (108 << 10,) if quick else (108 << 10, 200 << 10):
+        for most in TILED_STAGES:
+            num_stages = min(most, part // block_k, shared_bytes // stage_bytes)
+            if num_stages >= 2:
+                yield Launch("tiled", block_n, block_k, warps, block_m, num_stages, split_k)
 
 
 def head_candidates(rows: int, hidden: int, quick: bool) -> list[HeadLaunch]:

@@ -9,8 +9,9 @@ rounded, and the stream's sum of squares over each program's columns (`HalfNorme
 as its x and multiplies its sums by 1 / rms, since a row's factor commutes with the product.
 
 Few columns give few programs; several may share the sum over K, the last to arrive adding the parts in a fixed order.
-A program whose part of K is one tile has its W in registers before it waits for the kernel before. Any other asks its
-part of W into the L2 before the wait, and streams it from there through a pipelined loop.
+A program whose part of K is one tile holds its W before it waits for the kernel before: in registers, or, described, in
+shared memory, where the tensor memory accelerator puts it and the instruction takes it from. Any other asks its part of
+W into the L2 before the wait, and streams it from there through a pipelined loop.
 
 W's rows or x's stand along the 64 rows of the instruction, whichever fill it.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from kernels._dependent import ask_into_l2, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._triton import tl, triton
+from kernels.prefill_linear import can_describe, described, halves
 
 if TYPE_CHECKING:
     from kernels.decode_linear import Launch
@@ -79,11 +81,15 @@ def decode_linear_tiled_kernel(
     x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, rows, out, squares_parts,
     eps, K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PIECES: tl.constexpr, HELD: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    DESCRIBED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_M rows and BLOCK_N columns of y, or one of SPLIT_K parts of its sum over K."""
+    """A tile of BLOCK_M rows and BLOCK_N columns of y, or one of SPLIT_K parts of its sum over K.
+
+    DESCRIBED: x and weight are descriptors, and K is SPLIT_K tiles.
+    """
     let_next_start(DEPENDENT)
     # Gate and up in one tile: 8 rows of the one, 8 of the other, so that a thread gets both results of a column.
+    # Descriptors bring all of the one, then the other.
     TILE_N: tl.constexpr = BLOCK_N * 2 if GATED else BLOCK_N
     X_FIRST: tl.constexpr = TILE_N < 64 and BLOCK_M >= 64
     # Programs that run at the same time share columns of W: row blocks come first.
@@ -105,16 +111,22 @@ def decode_linear_tiled_kernel(
     PART: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     EVEN: tl.constexpr = PART * SPLIT_K == K
     k0 = split * PART + tl.arange(0, BLOCK_K)
-    w_tile = weight + w_row[:, None] * K + k0[None, :]
-    x_tile = x + x_row[:, None] * K + k0[None, :]
-    if HELD:
-        held = tl.load(w_tile, eviction_policy="evict_first")
-    elif PIECES > 0:
-        piece = tl.arange(0, PIECES) * (PART // PIECES)
-        ask_into_l2(
-            weight + w_row[:, None] * K + split * PART + piece[None, :],
-            PART // PIECES * weight.dtype.element_ty.itemsize,
-        )
+    if DESCRIBED:
+        if GATED:
+            held = tl.reshape(weight.load([0, first_column, split * PART]), [TILE_N, BLOCK_K])
+        else:
+            held = weight.load([first_column, split * PART])
+    else:
+        w_tile = weight + w_row[:, None] * K + k0[None, :]
+        x_tile = x + x_row[:, None] * K + k0[None, :]
+        if HELD:
+            held = tl.load(w_tile, eviction_policy="evict_first")
+        elif PIECES > 0:
+            piece = tl.arange(0, PIECES) * (PART // PIECES)
+            ask_into_l2(
+                weight + w_row[:, None] * K + split * PART + piece[None, :],
+                PART // PIECES * weight.dtype.element_ty.itemsize,
+            )
     if bias is not None:
         if GATED:
             b = tl.load(bias + tl.minimum(column, out - 1)).to(tl.float32)[None, :]
@@ -133,7 +145,9 @@ def decode_linear_tiled_kernel(
         part = tl.arange(0, SQUARES)[:, None]
         square = tl.load(squares + part * rows + x_row[None, :], mask=part < squares_parts, other=0.0)
     total = tl.zeros([BLOCK_M, TILE_N] if X_FIRST else [TILE_N, BLOCK_M], tl.float32)
-    if HELD:
+    if DESCRIBED:
+        total = _product(held, x.load([tile % row_blocks * BLOCK_M, split * PART]), total, X_FIRST)
+    elif HELD:
         total = _product(held, tl.load(x_tile), total, X_FIRST)
     else:
         for start in range(0, PART, BLOCK_K):
@@ -164,7 +178,9 @@ def decode_linear_tiled_kernel(
         result = total if X_FIRST else tl.trans(total)
         if squares is not None:
             result = result * tl.rsqrt(tl.sum(square, axis=0) / K + eps)[:, None]
-        if GATED:
+        if GATED and DESCRIBED:
+            result, result_up = halves(result, BLOCK_M, BLOCK_N)
+        elif GATED:
             result = tl.permute(tl.reshape(result, [BLOCK_M, BLOCK_N // 8, 2, 8]), [0, 1, 3, 2])
             result, result_up = tl.split(result)
             result = tl.reshape(result, [BLOCK_M, BLOCK_N])
@@ -232,14 +248,22 @@ def run_tiled(
             torch.empty((column_blocks, rows), dtype=torch.float32, device=y.device),
         )
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    held = launch.ahead and k == split_k * launch.block_k
+    describes = held and launch.described and can_describe(given, weight)
+    operands: tuple[Any, Any] = given, weight
+    if describes:
+        operands = (
+            described(given, (launch.block_m, launch.block_k)),
+            described(weight, (launch.block_n, launch.block_k), parts=2 if gated else 0),
+        )
     decode_linear_tiled_kernel[(tiles, split_k)](
-        given, squares, weight, bias, y, next_norm_weight, left and left.rows, left and left.squares, parts, counters,
-        rows, out, squares_parts, eps,
+        operands[0], squares, operands[1], bias, y, next_norm_weight, left and left.rows, left and left.squares, parts,
+        counters, rows, out, squares_parts, eps,
         K=k, GATED=gated, RESIDUAL=residual,
         SQUARES=triton.next_power_of_2(max(1, squares_parts, k // SQUARES_COLUMNS)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT_K=split_k,
         PIECES=_pieces(k, launch, given.element_size()) if dependent and launch.ahead else 0,
-        HELD=launch.ahead and k == split_k * launch.block_k, DEPENDENT=dependent,
+        HELD=held, DESCRIBED=describes, DEPENDENT=dependent,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **options,
     )  # fmt: skip
     return left

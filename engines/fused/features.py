@@ -17,7 +17,7 @@ FEATURES = {
     "dependent": "decode kernels start while the kernel before them ends (compute capability 9.0 on)",
     "norm_qkv": "input_norm+qkv_proj in one kernel",
     "attention": "decode: qk_norm+rope+kv_write+attention in one kernel",
-    "prefill_attention": "short prompts: the same in one kernel",
+    "prefill_attention": "short prompts: the same in one kernel; longer ones: attention by a dependent kernel",
     "rope_cache": "elsewhere: qk_norm+rope+kv_write in one kernel",
     "residual": "decode: the residual is added by the kernels of o_proj and down_proj",
     "norm_gate_up": "post_norm+gate_up_proj+silu_mul in one kernel",

@@ -17,6 +17,7 @@ from engines.nano.layers.linear import StackedLinear
 from engines.nano.layers.norm import RMSNorm
 from engines.nano.models.decoder import Attention, DecoderLayer
 from engines.nano.utils.context import StepContext
+from kernels.causal_attention import best_launch as best_causal_launch
 from kernels.decode_linear import HalfNormed, best_launch, best_prefill_gate_up, decode_linear_half_norm
 from kernels.decode_linear import Launch as DecodeLaunch
 from kernels.prefill_attention import fits
@@ -271,6 +272,31 @@ class PrefillAttention(nn.Module):
         )  # fmt: skip
 
 
+class CausalAttention(nn.Module):
+    """Attention of prompts of which nothing was in the cache before, from q, k and v [tokens, heads, dim]."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self._attention = (attention,)
+
+    def launch(self, context: StepContext, dtype: torch.dtype, device: torch.device) -> Any:
+        """How its kernel is the faster way; None where it is not, or keys are to come from the cache."""
+        if context.is_decode or context.cu_seqlens_k is None:
+            return None
+        (a,) = self._attention
+        return best_causal_launch(a.heads, a.kv_heads, a.dim, context.max_seqlen_q, dtype, device)
+
+    def forward(self, rotated: Rotated, positions: Tensor, context: StepContext) -> Tensor:
+        """[tokens, heads · dim]."""
+        (a,) = self._attention
+        q, k, v = rotated
+        assert k is not None and v is not None
+        return kernels.causal_attention(
+            q, k, v, positions, a.attention.scale, dependent=depends(context),
+            launch=self.launch(context, q.dtype, q.device),
+        ).flatten(1)  # fmt: skip
+
+
 class DecodeAttention(nn.Module):
     """All between qkv_proj and o_proj in one kernel: [rows, q + k + v] → [rows, heads · dim]."""
 
@@ -308,6 +334,7 @@ class FusedLayer(nn.Module):
         self.norm_qkv = NormLinear(layer.input_layernorm, attention.qkv_proj, gated=False)
         self.decode_attention = DecodeAttention(attention)
         self.prefill_attention = PrefillAttention(attention)
+        self.causal_attention = CausalAttention(attention)
         self.rope_cache = RopeCache(attention)
         self.qkv_rope = QkvRope(attention)
         self.added_o = AddedLinear(attention.o_proj)
@@ -361,14 +388,22 @@ class FusedLayer(nn.Module):
         """From the joint projection, or from q, k and v, whose keys and values are in the cache."""
         attention = self.plain.self_attn
         if isinstance(qkv, tuple):
-            return attention.attention(*qkv, context)
+            return self._attend_rotated(qkv, positions, context)
         if isinstance(context, DecodeContext) and "attention" in self.features:
             return self.decode_attention(qkv, positions, context, self.workspace)
         if self._attends_at_once(qkv, context):
             return self.prefill_attention(qkv, positions, context)
         if "rope_cache" in self.features:
-            return attention.attention(*self.rope_cache(qkv, positions, context), context)
+            return self._attend_rotated(self.rope_cache(qkv, positions, context), positions, context)
         return attention.attend(qkv, positions, context)
+
+    def _attend_rotated(self, rotated: Rotated, positions: Tensor, context: StepContext) -> Tensor:
+        """From q, k and v, where k and v are at hand, or in the cache."""
+        q, k, v = rotated
+        at_hand = k is not None and v is not None and "prefill_attention" in self.features
+        if at_hand and self.causal_attention.launch(context, q.dtype, q.device) is not None:
+            return self.causal_attention(rotated, positions, context)
+        return self.plain.self_attn.attention(q, k, v, context)
 
     def _attend_last(
         self, hidden: Tensor, qkv: Tensor | Rotated, positions: Tensor, context: PrefillContext
@@ -402,6 +437,7 @@ class FusedLayer(nn.Module):
             ("attention", f"qkv_proj+{rope}", self.qkv_rope),
             ("attention", f"{rope}+attention", self.decode_attention),
             ("attention", f"{rope}+attention", self.prefill_attention),
+            ("attention", "attention", self.causal_attention),
             ("attention", "o_proj", self.added_o),
             ("mlp", "post_norm", self.post_norm),
             ("mlp", "silu_mul", self.silu_mul),

@@ -10,6 +10,7 @@ from engines.fused import LLM as Fused
 from engines.fused import layers
 from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
+from kernels.causal_attention import Launch as CausalLaunch
 from kernels.decode_linear import Launch, decode_linear_half_norm
 from kernels.prefill_linear import Launch as PrefillLaunch
 from tests.engines import reference
@@ -193,6 +194,29 @@ def test_products_of_prefill_with_their_ends(left_out, qkv, gate_up, prompts, ex
         assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
     assert ran.count(kernels.FUSIONS["prefill_qkv_rope"].function) == qkv
     assert ran.count(kernels.FUSIONS["prefill_gate_up"].function) == gate_up
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("rotated", ["prefill_qkv_rope", "rope_cache"])
+def test_attention_of_longer_prompts(rotated, path, prompts, expected, monkeypatch):
+    """Where it was measured to be faster, in the steps in which nothing of the prompts is in the cache."""
+    if path == "triton" and not kernels.INTERPRETED:
+        pytest.skip("Triton's interpreter is off")
+    launch, ran = CausalLaunch(16, 16, 4, 2), []
+    attend = kernels.causal_attention
+    monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
+    monkeypatch.setattr(layers, "best_causal_launch", lambda *shape: launch)
+    if rotated == "prefill_qkv_rope":
+        qkv = PrefillLaunch(16, 64, 32, 4, 2)
+        monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: qkv if kernel == rotated else None)
+    monkeypatch.setattr(
+        kernels, "causal_attention", lambda *a, **options: ran.append(options["launch"]) or attend(*a, **options)
+    )
+    with kernels.use(path):
+        engine = Fused(reference.config(options={"attention_backend": "torch"}, max_num_batched_tokens=12))
+        assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
+    # Three steps, of which the first is of new prompts alone; the last layer goes on with single rows.
+    assert ran == [launch] * 2
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off")

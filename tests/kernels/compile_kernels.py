@@ -77,13 +77,14 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         prefill_attention(128, 16, 8, 128, torch.bfloat16, norm=True)
         prefill_attention(40, 14, 2, 64, torch.float16, norm=False)
         prefill_attention(9, 4, 4, 20, torch.float32, norm=True)
+        for head_dim, dtype in ((128, torch.bfloat16), (128, torch.float32), (80, torch.float16)):
+            causal_attention(300, 16, 8, head_dim, dtype)
         # A prefill's products with their ends: as on any GPU, and as a GPU with descriptors goes from tile to tile.
-        described = capability >= 90
         for gate_up, qkv in (
             (None, None),
             (PrefillLaunch(128, 128, 64, 8, 3), PrefillLaunch(128, 256, 64, 8, 3)),
             (PrefillLaunch(64, 128, 64, 4, 2, per_sm=0, pieces=2), PrefillLaunch(64, 256, 64, 4, 2, per_sm=0)),
-        )[: 3 if described else 1]:
+        )[: 3 if capability >= 90 else 1]:
             prefill_products(4095, 1024, 3072, 16, 8, 128, torch.bfloat16, gate_up, qkv)
         prefill_products(300, 100, 33, 14, 2, 64, torch.float16, None, None)
         prefill_products(300, 896, 4864, 14, 2, 64, torch.float32, None, None)
@@ -94,6 +95,8 @@ def compile_launches(capability: int, shared_limit: int) -> None:
             decode_linear(rows, 3072, 1024, torch.bfloat16, residual=True)
         split = Launch("tiled", 32, 128, 4, block_m=16, num_stages=4, split_k=2)
         decode_linear(16, 3072, 1024, torch.bfloat16, residual=True, launch=split)
+        described = Launch("tiled", 32, 256, 4, block_m=64, split_k=4, described=True)
+        norm_in_halves(64, 2048, 1024, 3072, torch.bfloat16, None, described)
         for rows in (16, 128):
             held = Launch("tiled", 64, 256, 4, block_m=min(rows, 64), split_k=8)
             norm_in_halves(rows, 2048, 1024, 3072, torch.bfloat16, held, None)
@@ -160,6 +163,12 @@ def prefill_attention(
         torch.empty(4096, head_dim, device=META), numbers, numbers, cache, cache, heads, kv_heads, head_dim, 1e-6, 0.1,
         dependent=True,
     )  # fmt: skip
+
+
+def causal_attention(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    q = torch.empty(tokens, heads, head_dim, dtype=dtype, device=META)
+    positions = torch.empty(tokens, dtype=torch.int32, device=META)
+    kernels.causal_attention(q, q[:, :kv_heads].contiguous(), q[:, :kv_heads], positions, 0.1, dependent=True)
 
 
 def prefill_products(

@@ -145,6 +145,8 @@ def test_programs_share_a_sum(split_k, k, randn, assert_close):
 HELD = [
     Launch("tiled", 32, 64, 4, block_m=16, split_k=2), Launch("tiled", 16, 128, 4, block_m=64),
     Launch("tiled", 32, 32, 4, block_m=64, split_k=4, ahead=False),
+    Launch("tiled", 32, 64, 4, block_m=16, split_k=2, described=True),
+    Launch("tiled", 16, 128, 4, block_m=64, described=True),
 ]  # fmt: skip
 
 
