@@ -151,18 +151,19 @@ def default_launch(head_dim: int, group: int, element_bytes: int) -> Launch:
     return Launch(max(1, 64 // group), 64 if head_dim <= 128 else 32, 4, 2)
 
 
-def shape_key(heads: int, kv_heads: int, head_dim: int, longest: int) -> str:
-    """Under which a measured choice is kept: the heads, and the longest prompt to the next power of two."""
-    return f"{heads}/{kv_heads}x{head_dim} longest {1 << (longest - 1).bit_length()}"
+def shape_key(heads: int, kv_heads: int, head_dim: int, tokens: int, longest: int) -> str:
+    """Under which a measured choice is kept: the heads, all tokens and the longest prompt's, to powers of two."""
+    tokens, longest = (1 << (number - 1).bit_length() for number in (tokens, longest))
+    return f"{heads}/{kv_heads}x{head_dim} tokens {tokens} of at most {longest}"
 
 
 def best_launch(
-    heads: int, kv_heads: int, head_dim: int, longest: int, dtype: torch.dtype, device: torch.device
+    heads: int, kv_heads: int, head_dim: int, tokens: int, longest: int, dtype: torch.dtype, device: torch.device
 ) -> Launch | None:
-    """What was measured faster than FlashAttention for prompts of up to `longest` tokens; None: nothing was."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    """What was measured faster than FlashAttention for such steps, of prompts of `longest` at most; None: nothing."""
+    if dtype not in (torch.bfloat16, torch.float16) or not 0 < longest <= tokens:
         return None
-    entry = chosen("causal_attention", shape_key(heads, kv_heads, head_dim, longest), device)
+    entry = chosen("causal_attention", shape_key(heads, kv_heads, head_dim, tokens, longest), device)
     return None if entry is None or "launch" not in entry else launch_of(Launch, entry["launch"], device)
 
 

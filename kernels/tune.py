@@ -16,8 +16,8 @@ at the end, as they run in a decode step (kernels/_tune_chain.py): there launche
 in halves (kernels/_tune_settle.py). That needs all four products among `--ops`. Attention that is not among them runs
 as it was chosen before.
 
-Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py; `--rows` are decode's. Gate and up
-of a decode step of many rows are tried with prefill's kernel too.
+Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py, its attention by _tune_causal.py;
+`--rows` are decode's. Gate and up of a decode step of many rows are tried with prefill's kernel too.
 
 Kernels are compiled first, by many processes, into Triton's cache.
 """
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from kernels import _tune_prefill, choices
+from kernels import _tune_causal, _tune_prefill, choices
 from kernels._triton import triton
 from kernels._tune_attention import MAX_CONTEXT, SHORT, Contexts, time_attention
 from kernels._tune_attention import Found as FoundAttention
@@ -63,6 +63,8 @@ CHAIN_SECONDS = 25.0
 """After so long with one number of rows no other turn begins in the chain."""
 PREFILL_SECONDS = 90.0
 """After so long no other candidate of prefill is begun."""
+CAUSAL_SECONDS = 60.0
+"""The same of shapes of prompts' attention."""
 
 Table = dict[str, dict[str, Any]]
 
@@ -203,6 +205,7 @@ def main() -> None:
     if "prefill" in arguments.ops:
         prompts = _tune_prefill.QUICK_ROWS if arguments.quick else _tune_prefill.ROWS
         table |= _tune_prefill.measured(model, device, prompts, PREFILL_SECONDS)
+        table |= _tune_causal.measured(model, device, arguments.quick, CAUSAL_SECONDS)
     facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
     if not arguments.dry_run:
         print("written:", choices.save(device, table, facts).name)

@@ -279,12 +279,13 @@ class CausalAttention(nn.Module):
         super().__init__()
         self._attention = (attention,)
 
-    def launch(self, context: StepContext, dtype: torch.dtype, device: torch.device) -> Any:
+    def launch(self, q: Tensor, context: StepContext) -> Any:
         """How its kernel is the faster way; None where it is not, or keys are to come from the cache."""
         if context.is_decode or context.cu_seqlens_k is None:
             return None
         (a,) = self._attention
-        return best_causal_launch(a.heads, a.kv_heads, a.dim, context.max_seqlen_q, dtype, device)
+        longest = min(context.max_seqlen_q, len(q))
+        return best_causal_launch(a.heads, a.kv_heads, a.dim, len(q), longest, q.dtype, q.device)
 
     def forward(self, rotated: Rotated, positions: Tensor, context: StepContext) -> Tensor:
         """[tokens, heads · dim]."""
@@ -292,9 +293,8 @@ class CausalAttention(nn.Module):
         q, k, v = rotated
         assert k is not None and v is not None
         return kernels.causal_attention(
-            q, k, v, positions, a.attention.scale, dependent=depends(context),
-            launch=self.launch(context, q.dtype, q.device),
-        ).flatten(1)  # fmt: skip
+            q, k, v, positions, a.attention.scale, dependent=depends(context), launch=self.launch(q, context)
+        ).flatten(1)
 
 
 class DecodeAttention(nn.Module):
@@ -401,7 +401,7 @@ class FusedLayer(nn.Module):
         """From q, k and v, where k and v are at hand, or in the cache."""
         q, k, v = rotated
         at_hand = k is not None and v is not None and "prefill_attention" in self.features
-        if at_hand and self.causal_attention.launch(context, q.dtype, q.device) is not None:
+        if at_hand and self.causal_attention.launch(q, context) is not None:
             return self.causal_attention(rotated, positions, context)
         return self.plain.self_attn.attention(q, k, v, context)
 

@@ -1,5 +1,8 @@
 """causal_attention against float64: each prompt by itself, with PyTorch's own attention."""
 
+import sys
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels import FUSIONS, INTERPRETED, causal_attention
 from kernels.causal_attention import Launch, best_launch, default_launch
 from kernels.choices import none_chosen
+
+MODULE = sys.modules["kernels.causal_attention"]
 
 
 class Case:
@@ -103,7 +108,17 @@ def test_default_launch_suits_the_heads():
 
 
 def test_unknown_gpus_have_no_choice():
-    assert best_launch(16, 8, 128, 1024, torch.bfloat16, torch.device("cpu")) is None
+    assert best_launch(16, 8, 128, 1024, 1024, torch.bfloat16, torch.device("cpu")) is None
+
+
+def test_measured_choices_serve_up_to_their_size(monkeypatch):
+    measured = {"16/8x128 tokens 2048 of at most 1024": {"launch": asdict(Launch(8, 16, 1, 4))}}
+    monkeypatch.setattr(MODULE, "chosen", lambda kernel, key, device: measured.get(key))
+    of = torch.bfloat16, torch.device("cpu")
+    assert best_launch(16, 8, 128, 2048, 1024, *of) == best_launch(16, 8, 128, 1025, 513, *of) == Launch(8, 16, 1, 4)
+    for heads, tokens, longest in ((16, 1024, 1024), (16, 2049, 1024), (16, 2048, 1025), (8, 2048, 1024)):
+        assert best_launch(heads, 8, 128, tokens, longest, *of) is None
+    assert best_launch(16, 8, 128, 2048, 1024, torch.float32, torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,6 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = SCRIPT.parents[2]
 DEPENDENT = {
+    "causal_attention.causal_attention_kernel",
     "decode_attention.decode_attention_kernel",
     "decode_linear.decode_linear_matrix_kernel",
     "decode_head.decode_head_kernel",

@@ -9,7 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import _tune_attention, _tune_chain, _tune_compile, _tune_prefill, choices, decode_linear, tune, use
+from kernels import (
+    _tune_attention,
+    _tune_causal,
+    _tune_chain,
+    _tune_compile,
+    _tune_prefill,
+    choices,
+    decode_linear,
+    tune,
+    use,
+)
 from kernels import _tune_products as products
 from kernels._tune_candidates import candidates
 from kernels._tune_models import MODELS, Model, Op
@@ -151,7 +161,7 @@ def made_up(monkeypatch, gpu):
         calls[0]()
         return len(calls) * times.uniform(2.0, 3.0)
 
-    for module in (products, _tune_attention, _tune_chain, _tune_prefill):
+    for module in (products, _tune_attention, _tune_causal, _tune_chain, _tune_prefill):
         monkeypatch.setattr(module, "time_graph_us", time_graph_us)
     for module in (products, _tune_compile):
         monkeypatch.setattr(
@@ -165,6 +175,7 @@ def made_up(monkeypatch, gpu):
     monkeypatch.setattr(tune, "compile_all", lambda jobs: _tune_compile.run(CPU, jobs) or len(jobs))
     monkeypatch.setattr(_tune_prefill, "compile_all", lambda model, benches: 0)
     monkeypatch.setattr(_tune_prefill, "ROWS", (40,))
+    monkeypatch.setattr(_tune_causal, "shapes", lambda: [(40, 20)])
     monkeypatch.setattr(_tune_attention, "CACHE_BYTES", 0)
     monkeypatch.setattr(_tune_attention, "LAYERS", 1)
     monkeypatch.setattr(tune, "MODELS", {"tiny": TINY})
@@ -192,7 +203,7 @@ def test_the_whole_tuner(made_up, gpu, monkeypatch, capsys, ops):
     }
     assert len(table["decode_attention"]) == (2 if "attention" in names else 0)
     assert len(table["decode_head"]) == ("head" in names)  # not above 16 rows
-    assert len(table.get("prefill_gate_up", {})) == ("prefill" in names)
+    assert len(table.get("prefill_gate_up", {})) == len(table.get("causal_attention", {})) == ("prefill" in names)
     for rows in (16, 40):
         assert (f"{rows:5} chain: " in printed) == chained
         for op in (op for op in TINY.ops() if op.name in names):
