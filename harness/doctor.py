@@ -186,7 +186,8 @@ def _engine_names() -> list[str]:
 
 def _engine(conf: EngineConf, vllm_command: str) -> Check:
     """Whether the engine's class can be had."""
-    install = vllm_command if conf.package == "vllm" else OURS
+    extra = f"pip install -e '.[{conf.extra}]'" if conf.extra else OURS
+    install = vllm_command if conf.package == "vllm" else extra
     if conf.package and importlib.util.find_spec(conf.package) is None:
         return Check(conf.name, False, f"the package {conf.package} is not installed", install)
     module, _, class_name = conf.target.rpartition(".")

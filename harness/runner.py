@@ -45,7 +45,7 @@ LOWEST_ATTRIBUTED = 0.98
 def run(config: Config, run_dir: Path, reporter: Reporter | None = None) -> dict[str, Any]:
     """Run `config`, write the results to `run_dir`, print the summary; returns what stands in `run.json`.
 
-    InputError: it cannot be done, and nothing was written. RunFailed: verification failed, or no shape could be timed.
+    InputError: it cannot be done, and nothing was written. RunFailed: verification failed, or nothing could be timed.
     KeyboardInterrupt: what was measured is kept.
     """
     session = Session(config, run_dir, reporter)
@@ -155,11 +155,13 @@ class Session:
         return [shape for shape, reason in reasons.items() if not reason]
 
     def measure(self) -> None:
-        """All passes of the config's workload. RunFailed: no shape could be timed."""
+        """All passes of the config's workload. RunFailed: no shape, or no call, could be timed."""
         measured = self.measured
         if self.work.calls:
             with self._phase("timed"):
-                self.record["rounds"] = measured.time_rounds(items(self.work), self.work.requests)
+                rounds = self.record["rounds"] = measured.time_rounds(items(self.work), self.work.requests)
+            if not any("median" in record for record in rounds):
+                raise RunFailed(f"No call could be timed; the first failure: {measured.failures[0]}")
             return
         if self.work.loads:
             records = self.record["serving"] = []

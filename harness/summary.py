@@ -87,6 +87,8 @@ def rounds_table(records: list[dict[str, Any]], title: str) -> Table:
             table.add_row(r["phase"], *size, r["metric"], "-", r["status"], "0")
             continue
         interval = _interval(r["low"], r["high"], r["samples"])
+        if r["status"] != "ok":
+            interval += f", then: {r['status']}"
         table.add_row(r["phase"], *size, r["metric"], f"{r['median']:.3f}", interval, str(r["samples"]))
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from kernels._triton import HAVE_TRITON, triton
 
 REPLAYS = 11
 CANNOT_RUN: tuple[type[Exception], ...] = (RuntimeError,)  # the driver's refusals
+TOO_LARGE: tuple[type[Exception], ...] = ()
 if HAVE_TRITON:
-    CANNOT_RUN += (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError)
+    CANNOT_RUN += (triton.runtime.errors.PTXASError, triton.CompilationError)
+    TOO_LARGE += (triton.runtime.errors.OutOfResources,)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -29,6 +31,31 @@ def poisoned(call: Callable[[], Any]) -> Any:
         return call()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Bench(Protocol):
+    """Data to try launches on."""
+
+    def error(self, launch: Any) -> float:
+        """Relative error of all that a launch writes; NaN where it left something unwritten."""
+
+
+def checked(bench: Bench, launch: Any, where: str, tolerance: float, failures: list[str] | None = None) -> bool:
+    """Whether the launch runs and is right. What is not is named, and what is wrong added to `failures`."""
+    try:
+        error = bench.error(launch)
+    except TOO_LARGE:  # some of the candidates are meant for larger GPUs
+        return False
+    except CANNOT_RUN as reason:
+        print(f"{where} left out, {type(reason).__name__}: {launch}", flush=True)
+        return False
+    if error < tolerance:  # NaN is not
+        return True
+    told = f"{where} {launch}: relative error {error:.3g}"
+    print("WRONG", told, flush=True)
+    if failures is not None:
+        failures.append(told)
+    return False
 
 
 def time_graph_us(calls: Sequence[Callable[[], Any]]) -> float:

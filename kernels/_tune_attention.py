@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import choices, decode_linear, qk_norm_rope_cache
-from kernels._timing import poisoned, relative_error, time_graph_us
-from kernels._triton import triton
+from kernels._timing import checked, poisoned, relative_error, time_graph_us
 from kernels.decode_attention import decode_attention, reference, workspace
 from kernels.decode_attention_launch import Launch, candidates, default_launch, shape_key
 
@@ -170,16 +169,18 @@ class Bench(Contexts):
 
         return attend
 
-    def time(self, launch: Launch) -> Timed:
-        """Check, then time; triton's OutOfResources if the GPU cannot run it."""
+    def error(self, launch: Launch) -> float:
+        """Relative error; NaN where it left something unwritten."""
         self.space.parts.fill_(float("nan"))
         self.space.lse.fill_(float("nan"))
-        return self.time_other(partial(self.attend, launch=launch), launch)
+        return self._error(partial(self.attend, launch=launch))
 
-    def time_other(self, attend: Callable[[Tensor, Tensor], Tensor], name: Launch | str) -> Timed:
+    def _error(self, attend: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return relative_error(poisoned(lambda: attend(self.qkv, self.caches[0].clone())), self.expected)
+
+    def time(self, attend: Callable[[Tensor, Tensor], Tensor], name: Launch | str) -> Timed:
         """Any function of (qkv, cache) that gives o."""
-        cache = self.caches[0]
-        error = relative_error(poisoned(lambda: attend(self.qkv, cache.clone())), self.expected)
+        error = self._error(attend)
         alone = self._graph_us([partial(attend, self.qkv, cache) for cache in self.caches])
         return Timed(name, alone, self._layers_us(attend) - self.projections_us, self.cache_bytes / alone / 1000, error)
 
@@ -195,19 +196,12 @@ def measure(
 ) -> list[Timed]:  # fmt: skip
     """Every launch that runs and is right, fastest in the chain first; FlashAttention 3, where installed, last."""
     bench = Bench(device, rows, context, heads, max_context)
-    found = []
-    for launch in launches:
-        try:
-            timed = bench.time(launch)
-        except triton.runtime.errors.OutOfResources:
-            continue
-        if timed.error < TOLERANCE:
-            found.append(timed)
-        else:
-            print(f"wrong: rows {rows} context {context} {launch}: relative error {timed.error:.3g}")
+    where = f"attention rows {rows} context {context}"
+    right = [launch for launch in launches if checked(bench, launch, where, TOLERANCE)]
+    found = [bench.time(partial(bench.attend, launch=launch), launch) for launch in right]
     found.sort(key=lambda timed: timed.chained_us)
     flash = bench.flash_attention_3()
-    return [*found, bench.time_other(flash, "qk_norm_rope_cache + FlashAttention 3")] if flash else found
+    return [*found, bench.time(flash, "qk_norm_rope_cache + FlashAttention 3")] if flash else found
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Candidates are compiled first, by many processes, into Triton's cache. Each is checked against the reference (its
 outputs full of NaN before), then timed as a captured graph over as many weight matrices as the model has layers, on
-random data. What cannot be compiled, does not fit the GPU or is wrong is named and left out.
+random data. What cannot be compiled or is wrong is named and left out, what does not fit the GPU left out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import prefill_gate_up, prefill_qkv_rope, qk_norm_rope_cache, silu_mul
-from kernels._timing import CANNOT_RUN, poisoned, relative_error, time_graph_us
+from kernels._timing import checked, poisoned, relative_error, time_graph_us
 from kernels._tune_models import Model
 from kernels.prefill_gate_up import reference as gate_up_reference
 from kernels.prefill_linear import Launch, shape_key
@@ -80,8 +81,32 @@ def random_weights(layers: int, out: int, k: int, device: torch.device) -> list[
     return [torch.randn(out, k, device=device).mul_(k**-0.5).bfloat16() for _ in range(layers)]
 
 
-class GateUp:
-    """Random data of one model's gate and up projections, and the ways to run them."""
+class Bench(ABC):
+    """Random data of one product with its end, and the ways to run them."""
+
+    weights: list[Tensor]
+    expected: tuple[Tensor, ...]
+
+    @abstractmethod
+    def fused(self, launch: Launch, weight: Tensor) -> Any:
+        """In one kernel."""
+
+    @abstractmethod
+    def written(self, call: Callable[[], Any]) -> tuple[Tensor, ...]:
+        """All that a call writes, and NaN where it does not."""
+
+    def error(self, launch: Launch) -> float:
+        """Sum of the relative errors of all that a launch writes: max() would lose a NaN."""
+        written = self.written(partial(self.fused, launch, self.weights[0]))
+        return sum(relative_error(ours, theirs) for ours, theirs in zip(written, self.expected, strict=True))
+
+    def time_us(self, call: Callable[[Tensor], Any]) -> float:
+        """µs per call over all weights in turn."""
+        return time_graph_us([partial(call, weight) for weight in self.weights]) / len(self.weights)
+
+
+class GateUp(Bench):
+    """Of one model's gate and up projections."""
 
     kernel, name = "prefill_gate_up", "gate_up_proj+silu_mul"
     beside = "cuBLAS + silu_mul"
@@ -97,7 +122,6 @@ class GateUp:
         self.expected = (gate_up_reference(self.x, self.weights[0]),)
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
-        """In one kernel."""
         return prefill_gate_up(self.x, weight, launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
@@ -105,12 +129,11 @@ class GateUp:
         return silu_mul(F.linear(self.x, weight), dependent=True)
 
     def written(self, call: Callable[[], Any]) -> tuple[Tensor, ...]:
-        """All that a call writes, and NaN where it does not."""
         return (poisoned(call),)
 
 
-class QkvRope:
-    """The same of the QKV projection; keys and values are wanted apart from the cache too, as of new prompts."""
+class QkvRope(Bench):
+    """Of the QKV projection; keys and values are wanted apart from the cache too, as of new prompts."""
 
     kernel, name = "prefill_qkv_rope", "qkv_proj+qk_norm+rope+kv_write"
     beside = "cuBLAS + qk_norm_rope_cache"
@@ -148,7 +171,6 @@ class QkvRope:
         }  # fmt: skip
 
     def fused(self, launch: Launch, weight: Tensor) -> Any:
-        """In one kernel."""
         return prefill_qkv_rope(self.x, weight, **self._behind(), launch=launch, dependent=True)
 
     def apart(self, weight: Tensor) -> Any:
@@ -168,33 +190,15 @@ class QkvRope:
 OPS: dict[str, type[GateUp] | type[QkvRope]] = {"gate_up": GateUp, "qkv": QkvRope}
 
 
-def error(bench: GateUp | QkvRope, call: Callable[[Tensor], Any]) -> float:
-    """Sum of the relative errors of all that the call writes: max() would lose a NaN."""
-    written = bench.written(partial(call, bench.weights[0]))
-    return sum(relative_error(ours, theirs) for ours, theirs in zip(written, bench.expected, strict=True))
-
-
-def time_us(bench: GateUp | QkvRope, call: Callable[[Tensor], Any]) -> float:
-    """µs per call over all weights in turn."""
-    return time_graph_us([partial(call, weight) for weight in bench.weights]) / len(bench.weights)
-
-
 def time_candidates(bench: GateUp | QkvRope, rows: int, deadline: float) -> list[tuple[float, Launch]]:
-    """Those that run and are right, the fastest first; what is left out is named."""
+    """Those that run and are right, the fastest first."""
     found = []
     for i, launch in enumerate(bench.candidates):
         if time.perf_counter() > deadline:
             print(f"{rows:6} {bench.name}: no time for {len(bench.candidates) - i} candidates")
             break
-        call = partial(bench.fused, launch)
-        try:
-            wrong = error(bench, call)
-            if wrong < TOLERANCE:
-                found.append((time_us(bench, call), launch))
-            else:
-                print(f"{rows:6} {bench.name} WRONG, relative error {wrong:.3g}: {brief(launch)}")
-        except CANNOT_RUN as reason:
-            print(f"{rows:6} {bench.name} left out, {type(reason).__name__}: {brief(launch)}")
+        if checked(bench, launch, f"{bench.name} rows {rows}", TOLERANCE):
+            found.append((bench.time_us(partial(bench.fused, launch)), launch))
     return sorted(found, key=lambda timed: timed[0])
 
 
@@ -202,8 +206,8 @@ def measure(bench: GateUp | QkvRope, rows: int, deadline: float) -> dict[str, An
     """Print the fastest launches for so many rows; the entry for the table of choices, empty where none was timed."""
     bench.prepare(rows)
     tflop = 2 * rows * bench.out * bench.k / 1e12
-    apart_us = time_us(bench, bench.apart)
-    product_us = time_us(bench, partial(F.linear, bench.x))
+    apart_us = bench.time_us(bench.apart)
+    product_us = bench.time_us(partial(F.linear, bench.x))
     print(
         f"{rows:6} {bench.name}: {bench.beside} {apart_us:.1f} µs, of which the product {product_us:.1f} "
         f"({tflop / product_us * 1e6:.0f} TFLOP/s)"

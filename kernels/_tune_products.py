@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import choices, decode_head, decode_linear, prefill_gate_up, rms_norm, silu_mul, tile_stats
-from kernels._timing import CANNOT_RUN, poisoned, relative_error, time_graph_us
-from kernels._triton import triton
+from kernels._timing import checked, poisoned, relative_error, time_graph_us
 from kernels._tune_candidates import candidates, head_candidates
 from kernels._tune_models import Op
 from kernels.decode_head import Launch as HeadLaunch
@@ -194,21 +193,6 @@ HEADER = " rows op         ours µs cuBLAS µs  norm µs    GB/s  best launch"
 def is_tiled(launch: Any) -> bool:
     """Whether a product with this launch can take and leave norms in halves."""
     return isinstance(launch, Launch) and launch.kernel == "tiled"
-
-
-def checked(bench: Bench | HeadBench, launch: Any, where: str, tolerance: float, failures: list[str]) -> bool:
-    """Whether the launch runs and is right; `failures` gets what is wrong, and what cannot run is named."""
-    try:
-        error = bench.error(launch)
-    except triton.runtime.errors.OutOfResources:  # some of the candidates are meant for larger GPUs
-        return False
-    except CANNOT_RUN as reason:
-        print(f"{where} left out, {type(reason).__name__}: {launch}", flush=True)
-        return False
-    if not error < tolerance:
-        failures.append(f"{where} {launch}: relative error {error:.3g}")
-        return False
-    return True
 
 
 def time_op(bench: Bench, rows: int, quick: bool, failures: list[str]) -> Found:

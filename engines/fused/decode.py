@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 import kernels
 from engines.base import NO_LAYER, Site
+from engines.fused.context import DecodeContext
 from engines.fused.draw import Draw
-from engines.fused.layers import DecodeContext
 from engines.fused.prefill_graphs import PrefillGraphs
 from engines.fused.state import DecodeState
 from engines.nano.graphs import DecodeGraphs

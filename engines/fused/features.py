@@ -68,7 +68,7 @@ def fallbacks(config: ModelConfig, device: torch.device, block_size: int) -> dic
         reasons = dict.fromkeys(
             ("attention", "prefill_attention", "rope_cache"), f"heads of {config.head_dim} have no two halves to rotate"
         )
-    elif device.type == "cuda" and block_size < SMALLEST_BLOCK:
+    elif (device.type == "cuda" or kernels.INTERPRETED) and block_size < SMALLEST_BLOCK:
         reasons["attention"] = f"its kernel takes cache blocks of {SMALLEST_BLOCK} tokens or more"
     if not kernels.can_depend(device):
         reasons["dependent"] = "it needs a GPU of compute capability 9.0 or later"

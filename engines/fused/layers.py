@@ -5,21 +5,21 @@ The residual stream is `hidden` itself, changed in place; nano's second tensor f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernels
+from engines.fused.context import DecodeContext, PrefillContext, as_in_decode, depends
 from engines.nano.layers.attention import KVWrite
 from engines.nano.layers.linear import StackedLinear
 from engines.nano.layers.norm import RMSNorm
 from engines.nano.models.decoder import Attention, DecoderLayer
 from engines.nano.utils.context import StepContext
 from kernels.causal_attention import best_launch as best_causal_launch
-from kernels.decode_linear import HalfNormed, best_launch, best_prefill_gate_up, decode_linear_half_norm
 from kernels.decode_linear import Launch as DecodeLaunch
+from kernels.decode_linear import best_launch, best_prefill_gate_up, decode_linear_half_norm
 from kernels.prefill_attention import fits
 from kernels.prefill_linear import best_launch as best_prefill_launch
 from kernels.prefill_qkv_rope import fits as holds_heads
@@ -29,47 +29,6 @@ Rotated = tuple[Tensor, Tensor | None, Tensor | None]
 """q, k and v as attention takes them."""
 MAX_PREFILL_ATTENTION = 256
 """Tokens of a step up to which one kernel is faster than rotation and attention apart."""
-
-
-@dataclass(slots=True)
-class FusedContext(StepContext):
-    """Of a step through fused layers.
-
-    dependent: kernels of the step may start while the ones before them end
-    half_normed: the residual stream half through the norm that comes next, where the product before left it
-    """
-
-    dependent: bool = False
-    half_normed: HalfNormed | None = None
-
-
-@dataclass(slots=True)
-class DecodeContext(FusedContext):
-    """Of a step on the device's own state, where positions are -1 in rows that hold no sequence."""
-
-
-@dataclass(slots=True)
-class PrefillContext(FusedContext):
-    """Of a step that draws one token per sequence: its last layer ends with the rows of `last_tokens` alone.
-
-    tail: the step that these rows make, their keys and values in the cache; but its `slot_mapping` is of all tokens
-    few: so few tokens that decode's kernels are worth a try for its products
-    stream: memory for the residual stream of these rows [sequences, hidden], which the step leaves there; None: any
-    """
-
-    tail: StepContext | None = None
-    few: bool = False
-    stream: Tensor | None = None
-
-
-def depends(context: StepContext) -> bool:
-    """Whether kernels of the step may start while the ones before them end."""
-    return isinstance(context, FusedContext) and context.dependent
-
-
-def as_in_decode(context: StepContext) -> TypeGuard[FusedContext]:
-    """Whether decode's kernels make the step's products, where they are the faster ones."""
-    return isinstance(context, DecodeContext) or (isinstance(context, PrefillContext) and context.few)
 
 
 def shape_of(rows: int, weight: Tensor, gated: bool) -> tuple[int, int, int, bool, int, torch.device]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.fused.layers import PrefillContext
+from engines.fused.context import PrefillContext
 from engines.nano.sequence import Sequence
 from engines.nano.utils.context import StepContext
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.fused.context import DecodeContext, PrefillContext
 from engines.fused.draw import Draw
-from engines.fused.layers import DecodeContext, PrefillContext
 from engines.fused.prefill import Inputs, aligned, count, shapes, step_of, views, write
 from engines.fused.state import Rows
 from engines.nano.graphs import DecodeGraphs

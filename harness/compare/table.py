@@ -107,8 +107,8 @@ def _by_round(group: pd.DataFrame, label: str) -> pd.Series:
 
 def _cell(group: pd.DataFrame, label: str, base: pd.Series | None, gone: str) -> Cell:
     values = _by_round(group, label)
+    failed = group.loc[(group["label"] == label) & (group["status"] != "ok"), "status"]
     if values.empty:
-        failed = group.loc[(group["label"] == label) & (group["status"] != "ok"), "status"]
         return Cell(None, None, failed.iloc[0] if len(failed) else gone or "not measured")
     spread = Spread(float(values.median()), float(values.min()), float(values.max()), len(values))
     ratio = None
@@ -117,7 +117,7 @@ def _cell(group: pd.DataFrame, label: str, base: pd.Series | None, gone: str) ->
         if len(both):
             launches = both.get_level_values("launch").tolist()
             ratio = paired_ratio(values[both].tolist(), base[both].tolist(), launches)
-    return Cell(spread, ratio, gone)
+    return Cell(spread, ratio, failed.iloc[0] if len(failed) else gone)
 
 
 def print_table(found: Sequence[Row], labels: Sequence[str], baseline: str, console: Console) -> None:
@@ -144,4 +144,4 @@ def _text(row: Row, cell: Cell) -> str:
         text += f"\n{cell.ratio.value:.3f}×"
         if cell.ratio.pairs > 1:
             text += f" ({cell.ratio.low:.3f} - {cell.ratio.high:.3f}) {cell.ratio.verdict(row.higher_is_better)}"
-    return f"{text}\n{s.rounds} rounds, then: {cell.reason[:60]}" if cell.reason else text
+    return f"{text}\n{s.rounds} rounds; of others: {cell.reason[:60]}" if cell.reason else text

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kernels
 from engines.base import Request, SamplingParams
 from engines.fused import LLM
 from engines.fused.features import fallbacks
@@ -199,6 +200,16 @@ def test_blocks_smaller_than_the_attention_kernel_takes(prompts, expected, size)
     assert tokens_of(llm, reference.requests(prompts, MANY)) == expected
     assert "attention" in fallbacks(llm.runner.model_config, torch.device("cuda"), size)
     assert "attention" not in fallbacks(llm.runner.model_config, torch.device("cuda"), 16)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")
+def test_blocks_smaller_than_the_attention_kernel_takes_are_not_given_to_it_interpreted(prompts, expected):
+    """The interpreter runs the GPU's kernels, so it has their limits."""
+    few = 3
+    with kernels.use("triton"):
+        llm = engine(options={"block_size": 8})
+        assert tokens_of(llm, reference.requests(prompts, few)) == [tokens[:few] for tokens in expected]
+    assert "16 tokens or more" in llm.notes["fallbacks"]["attention"]
 
 
 def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:

@@ -25,7 +25,7 @@ from harness.compare.__main__ import parse
 from harness.compare.comparison import Comparison, read
 from harness.compare.contestants import Contestant, contestants, folder_name, short_names
 from harness.compare.ratios import paired_ratio
-from harness.compare.table import print_table, rows
+from harness.compare.table import Spread, print_table, rows
 from harness.compare.worker import Answer, Order, Worker
 from harness.progress import Reporter
 from harness.results import RunWriter, load
@@ -248,6 +248,20 @@ def test_a_failed_block_leaves_its_reason(tmp_path) -> None:
     writer.write_run({"engine": "B"})
     (row,) = rows(load(tmp_path), ["A", "B"], "A", {})
     assert row.cells["B"].reason == "out of memory: 2 GiB"
+
+
+def test_a_block_that_failed_among_others_is_told(tmp_path) -> None:
+    for label, failed in (("A", {}), ("B", {1: "129 tokens took no longer than one: ask for more output_tokens."})):
+        writer = RunWriter(tmp_path / label, label)
+        writer.add_rounds(_round(label, i, None if i in failed else 2.0, failed.get(i, "ok")) for i in range(3))
+        writer.flush()
+        writer.write_run({"engine": label})
+    found = rows(load(tmp_path), ["A", "B"], "A")
+    assert found[0].cells["A"].reason == ""
+    assert found[0].cells["B"].spread == Spread(2.0, 2.0, 2.0, 2)
+    out = io.StringIO()
+    print_table(found, ["A", "B"], "A", Console(file=out, width=200))
+    assert "2 rounds; of others: 129 tokens took no longer than one" in out.getvalue()
 
 
 # --- whole comparisons, in real processes ---

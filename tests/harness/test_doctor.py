@@ -31,6 +31,8 @@ def test_what_is_missing_gets_a_command(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _name: None)
     check = doctor._engine(EngineConf("vllm", "engines.vllm.VLLM", package="vllm"), "pip install it")
     assert (check.ok, check.install) == (False, "pip install it") and "vllm is not installed" in check.detail
+    upstream = EngineConf("nano_vllm", "engines.nano_vllm.NanoVLLM", package="nanovllm", extra="nano-vllm")
+    assert doctor._engine(upstream, "pip install it").install == "pip install -e '.[nano-vllm]'"
     assert doctor.try_import("flash_attn.x") == (False, "flash_attn is not installed")
 
 

@@ -36,6 +36,7 @@ from harness.measurement import out_of_memory
 from harness.passes import Sample, _joined
 from harness.progress import Reporter
 from harness.results import load
+from harness.rounds import Blocks
 from harness.runner import RunFailed, run
 from harness.summary import main, print_summary, rounds_table, steps_table
 
@@ -201,18 +202,37 @@ def test_host_phases_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_generate_workload_gives_rounds(tmp_path: Path) -> None:
     settings = ["workload=tpot", "workload.cpu_prefill=[[2,8]]", "workload.cpu_decode=[[1,8]]"]
     made = compose(["engine=nano", "model=tiny", f"weights={TINY}", "device=cpu", *settings, *QUICK,
-                    "workload.output_tokens=4", "instrument.max_seconds_per_shape=30"])  # fmt: skip
+                    "workload.output_tokens=33", "instrument.max_seconds_per_shape=60"])  # fmt: skip
     record = run(made, tmp_path / "run", silent())
     rounds = load(tmp_path / "run").rounds
     assert [(r["metric"], r["batch_size"], r["output_len"]) for r in record["rounds"]] == [
         ("generate_ms", 2, 1),
-        ("tpot_ms", 1, 4),
+        ("tpot_ms", 1, 33),
     ]
     for told in record["rounds"]:
         values = rounds.loc[rounds["metric"] == told["metric"], "value"]
         assert told["median"] == pytest.approx(values.median())
         assert len(values) == told["samples"] >= 5
     assert (rounds["value"] > 0).all()
+
+
+def test_calls_without_a_number_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of an engine whose many tokens take no longer than one: on a busy machine that happens to a quick one."""
+    monkeypatch.setattr(Blocks, "_call_ms", lambda _self, call: 5.0)
+    calls = ["workload=tpot", "workload.cpu_prefill=[[2,8]]", "workload.cpu_decode=[[1,8]]"]
+    record = run_scripted(Scripted(), tmp_path / "one", monkeypatch, *calls)
+    prompts, tokens = record["rounds"]
+    assert (record["status"], prompts["status"], prompts["median"]) == ("ok", "ok", 5.0)
+    assert "took no longer than one: ask for more output_tokens" in tokens["status"]
+    assert "median" not in tokens
+    (failed,) = load(tmp_path / "one").rounds.query("status != 'ok'").to_dict("records")
+    assert (failed["metric"], failed["status"], failed["samples"]) == ("tpot_ms", tokens["status"], 0)
+    assert "Failed: tpot_ms of " in capsys.readouterr().out
+    with pytest.raises(RunFailed, match="No call could be timed; the first failure: .* ask for more output_tokens"):
+        run_scripted(Scripted(), tmp_path / "none", monkeypatch, *calls, "workload.cpu_prefill=[]")
+    assert load(tmp_path / "none").runs[0]["status"] == "failed"
 
 
 def test_a_run_tells_of_throttled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,8 +471,11 @@ def test_a_single_sample_has_no_interval() -> None:
 def test_a_call_that_failed_stands_in_the_table() -> None:
     call = {"phase": "decode", "batch_size": 1, "tokens": 16, "output_len": 8, "metric": "tpot_ms"}
     value = {"status": "ok", "median": 2.0, "low": 2.0, "high": 2.0, "samples": 1}
-    once, failed = cells(rounds_table([{**call, **value}, {**call, "status": "3 tokens too few came back."}], ""))
+    few = "3 tokens too few came back."
+    records = [{**call, **value}, {**call, "status": few}, {**call, **value, "status": few}]
+    once, failed, then = cells(rounds_table(records, ""))
     assert once[5:] == ["2.000", "(once)", "1"]
+    assert then[5:] == ["2.000", f"(once), then: {few}", "1"]
     assert failed[5:] == ["-", "3 tokens too few came back.", "0"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels import (
+    _timing,
     _tune_attention,
     _tune_causal,
     _tune_chain,
@@ -21,6 +22,7 @@ from kernels import (
     use,
 )
 from kernels import _tune_products as products
+from kernels._timing import checked
 from kernels._tune_candidates import candidates
 from kernels._tune_models import MODELS, Model, Op
 from kernels.decode_attention_launch import Launch as AttentionLaunch
@@ -93,6 +95,31 @@ def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch):
         found = products.time_op(products.Bench(op, 3, CPU), 2, False, failures)
     assert found.timed == [(5.0, good)]
     assert len(failures) == 1 and "block_n=1" in failures[0]
+
+
+class Tried:
+    """Its launches are what comes of them: an error, or an exception."""
+
+    def error(self, launch):
+        if isinstance(launch, Exception):
+            raise launch
+        return launch
+
+
+def test_what_is_left_out_is_named_unless_it_is_too_large(monkeypatch, capsys):
+    class TooLarge(RuntimeError):
+        """As triton's, which needs a GPU to come up."""
+
+    monkeypatch.setattr(_timing, "TOO_LARGE", (TooLarge,))
+    failures: list[str] = []
+    launches = [0.001, float("nan"), 0.5, TooLarge("shared memory"), RuntimeError("launch failed")]
+    kept = [checked(Tried(), launch, "o rows 2", 0.01, failures) for launch in launches]
+    assert kept == [True, False, False, False, False]
+    assert failures == ["o rows 2 nan: relative error nan", "o rows 2 0.5: relative error 0.5"]
+    wrong = [f"WRONG {failure}" for failure in failures]
+    assert capsys.readouterr().out.splitlines() == [*wrong, "o rows 2 left out, RuntimeError: launch failed"]
+    with pytest.raises(KeyError):  # a mistake of ours
+        checked(Tried(), KeyError("x"), "o rows 2", 0.01)
 
 
 def test_choices_come_back(gpu):
