@@ -111,8 +111,9 @@ def run_tiles(
 ) -> None:
     """Launches the kernel on checked, contiguous arguments, none of them empty: writes the last three tensors.
 
-    `dependent`: start while the kernel before it in the stream still runs, where the GPU can; it is waited for.
-    ValueError where `launch` cannot run.
+    `launch`: its `group_m` and `pieces` say nothing here, where all blocks of rows go through W together and a tile is
+    written by TILE columns. `dependent`: start while the kernel before it in the stream still runs, where the GPU can;
+    it is waited for. ValueError where `launch` cannot run.
     """
     if launch.block_n not in (TILE, 2 * TILE):
         raise ValueError(f"block_n of the head's tiles must be {TILE} or {2 * TILE}, not {launch.block_n}.")
