@@ -41,6 +41,79 @@ PREFILL_GATE_UP = (
 )
 QUICK_PREFILL_GATE_UP = PREFILL_GATE_UP[2:6:3]
 
+HEAD_FEW_ROWS = 16
+HEAD_TILES_ROWS = 8
+# By rows: the head's tiles behind a norm. W comes from memory at its rate if enough of it is under way, some 40 KiB of
+# each multiprocessor. What comes from the L2 besides, x for each tile of W and W again for each other block of rows, is
+# half as many bytes with 64 rows and tiles of 128, and twice as many with 256. 1187 tiles of 128 fill 132
+# multiprocessors 9 times.
+HEAD_TILES = {
+    16: (
+        PrefillLaunch(16, 128, 64, 4, 8),
+        PrefillLaunch(16, 128, 128, 4, 4),
+        PrefillLaunch(16, 128, 64, 4, 6),
+        PrefillLaunch(16, 128, 128, 4, 5),
+        PrefillLaunch(16, 128, 64, 8, 8),
+        PrefillLaunch(16, 128, 64, 4, 4, per_sm=2),
+        PrefillLaunch(16, 128, 64, 4, 5, per_sm=2),
+        PrefillLaunch(16, 256, 64, 4, 4),
+        PrefillLaunch(16, 256, 64, 8, 5),
+        PrefillLaunch(16, 256, 128, 8, 2),
+        PrefillLaunch(16, 256, 64, 8, 2, per_sm=2),
+    ),
+    32: (
+        PrefillLaunch(32, 128, 64, 4, 8),
+        PrefillLaunch(32, 128, 128, 4, 4),
+        PrefillLaunch(32, 128, 64, 4, 6),
+        PrefillLaunch(32, 128, 64, 8, 8),
+        PrefillLaunch(32, 128, 64, 4, 4, per_sm=2),
+        PrefillLaunch(32, 128, 128, 4, 2, per_sm=2),
+        PrefillLaunch(32, 256, 64, 4, 4),
+        PrefillLaunch(32, 256, 64, 8, 4),
+        PrefillLaunch(32, 256, 64, 8, 5),
+        PrefillLaunch(32, 256, 128, 8, 2),
+        PrefillLaunch(32, 256, 64, 8, 2, per_sm=2),
+        PrefillLaunch(16, 128, 64, 4, 8),
+    ),
+    64: (
+        PrefillLaunch(64, 128, 64, 4, 7),
+        PrefillLaunch(64, 256, 64, 4, 4),
+        PrefillLaunch(64, 128, 64, 4, 5),
+        PrefillLaunch(64, 128, 128, 4, 3),
+        PrefillLaunch(64, 128, 64, 4, 3, per_sm=2),
+        PrefillLaunch(64, 128, 64, 8, 7),
+        PrefillLaunch(64, 256, 64, 4, 3),
+        PrefillLaunch(64, 256, 128, 4, 2),
+        PrefillLaunch(32, 256, 64, 8, 5),
+        PrefillLaunch(32, 128, 64, 4, 8),
+    ),
+    128: (
+        PrefillLaunch(128, 128, 64, 8, 5),
+        PrefillLaunch(128, 256, 64, 8, 3),
+        PrefillLaunch(128, 128, 64, 8, 4),
+        PrefillLaunch(128, 128, 64, 4, 5),
+        PrefillLaunch(128, 128, 128, 8, 2),
+        PrefillLaunch(128, 128, 64, 8, 2, per_sm=2),
+        PrefillLaunch(128, 256, 64, 8, 2),
+        PrefillLaunch(64, 128, 64, 4, 7),
+        PrefillLaunch(64, 128, 64, 4, 3, per_sm=2),
+        PrefillLaunch(64, 256, 64, 4, 4),
+        PrefillLaunch(64, 256, 128, 4, 2),
+    ),
+    256: (
+        PrefillLaunch(128, 256, 64, 8, 3),
+        PrefillLaunch(256, 128, 64, 8, 3),
+        PrefillLaunch(128, 128, 64, 8, 5),
+        PrefillLaunch(128, 128, 64, 8, 4),
+        PrefillLaunch(128, 128, 128, 8, 2),
+        PrefillLaunch(128, 128, 64, 8, 2, per_sm=2),
+        PrefillLaunch(128, 256, 64, 8, 2),
+        PrefillLaunch(256, 128, 64, 8, 2),
+        PrefillLaunch(64, 256, 64, 4, 4),
+        PrefillLaunch(64, 128, 64, 4, 3, per_sm=2),
+    ),
+}
+
 
 def candidates(op: Op, rows: int, quick: bool) -> list[Launch | PrefillLaunch]:
     """Launches worth timing, the default first."""
@@ -119,7 +192,20 @@ def _looped_candidates(op: Op, block_m: int, tile_n: int, split_k: int, quick: b
 
 
 def head_candidates(rows: int, hidden: int, quick: bool) -> list[HeadLaunch]:
-    """Launches of the head worth timing, the default first."""
+    """Launches of the head worth timing; for few rows the default first."""
+    tiles = [HeadLaunch(tiles=launch) for launch in _head_tiles(rows, quick)]
+    return tiles if rows > HEAD_FEW_ROWS else _few_rows_head_candidates(rows, hidden, quick) + tiles
+
+
+def _head_tiles(rows: int, quick: bool) -> Iterable[PrefillLaunch]:
+    """Of up to 200 KiB of shared memory, or a half where two programs share it; a group of 4 warps makes 64 rows."""
+    block_m = max(16, 1 << (rows - 1).bit_length())
+    found = HEAD_TILES.get(min(block_m, 256), ()) if rows >= HEAD_TILES_ROWS else ()
+    return found[:2] if quick else found
+
+
+def _few_rows_head_candidates(rows: int, hidden: int, quick: bool) -> list[HeadLaunch]:
+    """Of all ways but tiles."""
     found = [default_head(hidden, 2)]
     for block_n, num_warps, registers in ((4, 1, 255), (8, 2, 128), (8, 4, 128)) if rows <= HEAD_VECTOR_ROWS else ():
         found.append(HeadLaunch(product=Launch("vector", block_n, 256 * num_warps, num_warps, registers=registers)))

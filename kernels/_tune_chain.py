@@ -27,8 +27,8 @@ def in_halves(launches: Launches, first: str, second: str) -> bool:
 
 
 class Chain:
-    """All layers of a decode step for some rows and contexts, and the head where its kernel is used: all but embedding
-    and sampling. `launches` of its methods name the four products, attention, and the head if there is one."""
+    """All layers of a decode step for some rows and contexts, and the head where it is measured: all but embedding and
+    sampling. `launches` of its methods name the four products, attention, and the head if there is one."""
 
     def __init__(self, benches: dict[str, Bench], contexts: Contexts, head: HeadBench | None) -> None:
         """`benches` of the four products, for as many layers as `contexts` has; `head` is prepared for its rows."""
@@ -70,7 +70,7 @@ class Chain:
     def _run_head(self, launches: Launches) -> None:
         assert self.head is not None
         self.head.x = self.hidden
-        self.head.fused(launches["head"])
+        self.head.whole(launches["head"])
 
     def time_us(self, launches: Launches) -> float:
         """Of one step; infinity, and a line that says why, where the GPU cannot run it."""

@@ -35,7 +35,7 @@ class Job(NamedTuple):
         """Equal for jobs that leave the same kernel."""
         of_rows: Any = 0  # attention's is compiled for no number of rows
         if isinstance(self.launch, HeadLaunch):
-            product = self.launch.product
+            product = self.launch.product or self.launch.tiles
             of_rows = compiled_for(product, self.rows) if product else int(self.rows > 1)
         elif not isinstance(self.launch, AttentionLaunch):
             of_rows = compiled_for(self.launch, self.rows)

@@ -15,6 +15,7 @@ from typing import Any
 from kernels import choices
 from kernels._tune_chain import PAIRS, Launches
 from kernels._tune_products import Found, is_tiled
+from kernels.decode_head import Launch as HeadLaunch
 from kernels.prefill_linear import Launch as PrefillLaunch
 
 ROUNDS = 2
@@ -28,13 +29,13 @@ BESIDE = 2
 
 def best_pairs(found: dict[str, Found]) -> Launches:
     """The fastest launches by their own times, both tiled or each as it is alone; None for cuBLAS."""
-    launches: Launches = {name: result.alone()[0][1] for name, result in found.items() if name != "head"}
+    launches: Launches = {name: result.alone()[0][1] for name, result in found.items()}
     for first, second in PAIRS:
         if first in found and second in found and found[first].tiled() and found[second].tiled():
             (first_us, first_launch), (second_us, second_launch) = found[first].tiled()[0], found[second].tiled()[0]
             if first_us + second_us < found[first].alone()[0][0] + found[second].alone()[0][0]:
                 launches |= {first: first_launch, second: second_launch}
-    return launches | {name: result.timed[0][1] for name, result in found.items() if name == "head"}
+    return launches
 
 
 def ways(result: Found, tries: int) -> list[Any]:
@@ -43,8 +44,6 @@ def ways(result: Found, tries: int) -> list[Any]:
     None is cuBLAS.
     """
     found = [launch for _, launch in result.timed[:tries]]
-    if result.op == "head":
-        return found
     alone = result.alone()
     for us, launch in alone:
         if us <= FAR * alone[0][0] and _kind(launch) not in map(_kind, found):
@@ -55,6 +54,8 @@ def ways(result: Found, tries: int) -> list[Any]:
 def _kind(launch: Any) -> str:
     if launch is None:
         return "cublas"
+    if isinstance(launch, HeadLaunch):
+        return "tiles" if launch.tiles else "product" if launch.product else "one kernel"
     return "prefill" if isinstance(launch, PrefillLaunch) else launch.kernel
 
 

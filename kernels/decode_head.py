@@ -11,10 +11,11 @@
 Fused: norm, linear and the sampler's first pass. Saved: the normalised rows' write and read (2 * rows * hidden
 elements), and a read of the logits (rows * vocab).
 
-Two ways, both for few rows (up to 16 or so). In one kernel, a program makes one tile: W x^T on tensor cores, all rows
-at once; W, which is most of a small model, streams through a pipelined loop, and its first columns are asked into the
-L2 before the wait. Or as a layer's product (`Launch.product`), whose programs hold W in registers and come nearer to
-the memory's rate, with `tile_stats` after it.
+Three ways. Two are for few rows (up to 16 or so). In one kernel, a program makes one tile: W x^T on tensor cores, all
+rows at once; W, which is most of a small model, streams through a pipelined loop, and its first columns are asked into
+the L2 before the wait. Or as a layer's product (`Launch.product`), whose programs hold W in registers and come nearer
+to the memory's rate, with `tile_stats` after it. For more rows, the norm in a kernel and all the rest in another
+(`Launch.tiles`, kernels/decode_head_tiles.py).
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.choices import chosen, launch_of
+from kernels.decode_head_tiles import run_tiles
 from kernels.decode_linear import Launch as LinearLaunch
 from kernels.decode_linear import decode_linear
+from kernels.prefill_linear import Launch as TilesLaunch
+from kernels.rms_norm import rms_norm as rms_norm_alone
 from kernels.rms_norm_linear import rms_norm
 from kernels.sample import TILE, tile_stats
 
@@ -43,6 +47,7 @@ class Launch:
 
     In one kernel: columns of W per step, steps under way, and how many steps are asked for early.
     product: instead, how `decode_linear` makes the logits
+    tiles: instead, how the kernel behind a norm of its own makes them and the statistics
     """
 
     block_k: int = 64
@@ -50,6 +55,7 @@ class Launch:
     num_stages: int = 4
     ahead: int = 1
     product: LinearLaunch | None = None
+    tiles: TilesLaunch | None = None
 
 
 def reference(
@@ -145,10 +151,12 @@ def best_launch(rows: int, vocab: int, k: int, element_bytes: int, device: torch
         return default_launch(k, element_bytes)
     if choice.get("path") == "cublas":
         return None
-    product = choice["launch"].get("product")
-    if product:
-        return Launch(product=launch_of(LinearLaunch, product, device))
-    return launch_of(Launch, choice["launch"], device)
+    launch = choice["launch"]
+    if "product" in launch:
+        return Launch(product=launch_of(LinearLaunch, launch["product"], device))
+    if "tiles" in launch:
+        return Launch(tiles=launch_of(TilesLaunch, launch["tiles"], device))
+    return launch_of(Launch, launch, device)
 
 
 def decode_head(
@@ -158,13 +166,15 @@ def decode_head(
     eps: float,
     temperatures: Tensor,
     *,
+    out: Tensor | None = None,
     dependent: bool = False,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, tile_max, tile_sum) of the last layer's output; shapes as in this module's docstring.
 
-    `dependent`: launch dependently where the GPU can; results are the same. `launch` overrides the measured choice for
-    this GPU and the default. ValueError if the arguments do not fit.
+    `out`: where the logits go, contiguous; else to memory of their own. `dependent`: launch dependently where the GPU
+    can; results are the same. `launch` overrides the measured choice for this GPU and the default. ValueError if the
+    arguments do not fit.
     """
     check_float("x", x, 2)
     rows, k = x.shape
@@ -176,18 +186,27 @@ def decode_head(
     check_like("norm_weight", norm_weight, (k,), x)
     check_like("weight", weight, (vocab, k), x)
     check_like("temperatures", temperatures, (rows,), x, torch.float32)
+    if out is not None:
+        check_like("out", out, (rows, vocab), x)
     if not runs_triton(x):
-        return reference(x, norm_weight, weight, eps, temperatures)
+        logits, *sums = reference(x, norm_weight, weight, eps, temperatures)
+        return logits if out is None else out.copy_(logits), sums[0], sums[1]
     shape = (k, x.element_size())
     launch = launch or best_launch(rows, vocab, *shape, x.device) or default_launch(*shape)
     if launch.product is not None and rows > 0 and vocab > 0:
         logits = decode_linear(x, weight, norm_weight=norm_weight, eps=eps, dependent=dependent, launch=launch.product)
-        return logits, *tile_stats(logits, temperatures, dependent=dependent)
+        logits = logits if out is None else out.copy_(logits)
+        # A copy starts no kernel early.
+        return logits, *tile_stats(logits, temperatures, dependent=dependent and out is None)
     tiles = -(-vocab // TILE)
-    logits = torch.empty((rows, vocab), dtype=x.dtype, device=x.device)
+    logits = torch.empty((rows, vocab), dtype=x.dtype, device=x.device) if out is None else out
     tile_max = torch.empty((rows, tiles), dtype=torch.float32, device=x.device)
     tile_sum = torch.empty((rows, tiles), dtype=torch.float32, device=x.device)
     if rows == 0 or vocab == 0:
+        return logits, tile_max, tile_sum
+    if launch.tiles is not None:
+        normalised = rms_norm_alone(x, norm_weight, eps, dependent=dependent)
+        run_tiles(normalised, weight, temperatures, logits, tile_max, tile_sum, launch.tiles, dependent=dependent)
         return logits, tile_max, tile_sum
     dependent = dependent and can_depend(x.device)
     options = {"launch_pdl": True} if dependent else {}

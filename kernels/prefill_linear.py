@@ -1,4 +1,5 @@
-"""The products of prefill whose ends do more than store: what `prefill_gate_up` and `prefill_qkv_rope` share.
+"""Products of many rows whose ends do more than store: what `prefill_gate_up`, `prefill_qkv_rope` and
+`decode_head_tiles` share.
 
     x        [rows, K]         float16, bfloat16 or float32; all tensors share its dtype
     weight   [parts * N, K]    W in `parts` equal parts, one above the other
@@ -109,15 +110,18 @@ def _weight_tile(
 @triton.jit
 def product_tile(
     x, weight, row, column, rows, columns, K: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIBED: tl.constexpr, W_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """[BLOCK_M, PARTS * BLOCK_N] float32 of the product, from `row` and from `column` of each part on."""
-    total = tl.zeros([BLOCK_M, PARTS * BLOCK_N], tl.float32)
+    """[BLOCK_M, PARTS * BLOCK_N] float32 of the product, from `row` and from `column` of each part on.
+
+    W_FIRST: W's rows, not x's, stand along the 64 rows of the instruction; for fewer rows of x than those.
+    """
+    total = tl.zeros([PARTS * BLOCK_N, BLOCK_M] if W_FIRST else [BLOCK_M, PARTS * BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         a = _x_tile(x, row, k, rows, K, BLOCK_M, BLOCK_K, DESCRIBED)
         w = _weight_tile(weight, column, k, columns, K, PARTS, BLOCK_N, BLOCK_K, DESCRIBED)
-        total = dot(a, tl.trans(w), total)
-    return total
+        total = dot(w, tl.trans(a), total) if W_FIRST else dot(a, tl.trans(w), total)
+    return tl.trans(total) if W_FIRST else total
 
 
 @triton.jit

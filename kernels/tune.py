@@ -11,10 +11,13 @@ choice says so. The tiled kernel takes its norm half made from the product befor
 Attention is timed between the projections before and after it, whose time is taken off again, at short and at long
 contexts: one launch serves all lengths, and what is far behind at long ones is no choice.
 
-The best of each op are then tried in the chain of all layers, attention between the products and for few rows the head
-at the end, as they run in a decode step (kernels/_tune_chain.py): there launches are chosen, and whether norms are made
-in halves (kernels/_tune_settle.py). That needs all four products among `--ops`. Attention that is not among them runs
-as it was chosen before.
+The head is timed with the sampler's sums: of more than 16 rows that is a kernel behind a norm, or norm, cuBLAS and
+`tile_stats`.
+
+The best of each op are then tried in the chain of all layers, attention between the products and the head at the end,
+as they run in a decode step (kernels/_tune_chain.py): there launches are chosen, and whether norms are made in halves
+(kernels/_tune_settle.py). That needs all four products among `--ops`. Attention that is not among them runs as it was
+chosen before.
 
 Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py, its attention by _tune_causal.py;
 `--rows` are decode's. Gate and up of a decode step of many rows are tried with prefill's kernel too.

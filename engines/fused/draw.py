@@ -13,29 +13,31 @@ from engines.fused.state import Rows
 from engines.nano.models import Decoder
 from kernels.decode_head import best_launch
 
-ROWS = 16
-"""Of the head's kernel at most: it makes a tile of the vocabulary for all rows at once."""
+FEW_ROWS = 16
+"""So many may all be in one tile of the head's kernel; more take the way that was measured to be faster than cuBLAS."""
 
 
 class Head(nn.Module):
-    """Final norm, output head and the sums that sampling needs, in one kernel."""
+    """Final norm, output head and the sampler's sums; logits of many rows go to `memory` [max_rows, vocab]."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, memory: Tensor) -> None:
         super().__init__()
-        self._model = (model,)
+        self._model, self._memory = (model,), memory
 
     def takes(self, hidden: Tensor) -> bool:
-        """Whether one kernel is the faster way for so many rows."""
+        """Whether `kernels.decode_head` is the faster way for so many rows."""
         rows, k = hidden.shape
-        vocab = self._model[0].lm_head.matrix.shape[0]
-        return rows <= ROWS and best_launch(rows, vocab, k, hidden.element_size(), hidden.device) is not None
+        vocab = self._memory.shape[1]
+        launch = best_launch(rows, vocab, k, hidden.element_size(), hidden.device)
+        return launch is not None and (rows <= FEW_ROWS or launch.tiles is not None)
 
     def forward(self, hidden: Tensor, temperatures: Tensor, dependent: bool) -> tuple[Tensor, Tensor, Tensor]:
         (model,) = self._model
-        norm = model.model.norm
+        norm, rows = model.model.norm, hidden.shape[0]
         return kernels.decode_head(
-            hidden, norm.weight, model.lm_head.matrix, norm.eps, temperatures, dependent=dependent
-        )
+            hidden, norm.weight, model.lm_head.matrix, norm.eps, temperatures,
+            out=self._memory[:rows] if rows > FEW_ROWS else None, dependent=dependent,
+        )  # fmt: skip
 
 
 class Logits(nn.Module):
@@ -65,13 +67,13 @@ class Sample(nn.Module):
 
 
 class Draw:
-    """Final norm, head and sampling, in one kernel and another where that is faster."""
+    """Final norm, head and sampling, the sampler's sums with the head where that is faster."""
 
     def __init__(self, model: Decoder, max_rows: int, features: frozenset[str]) -> None:
         self.norm = model.model.norm
         self.features = features
-        self.head = Head(model)
         self.lm_head = Logits(model, max_rows)
+        self.head = Head(model, self.lm_head.memory)
         self.sample = Sample()
 
     def __call__(self, hidden: Tensor, state: Rows) -> Tensor:

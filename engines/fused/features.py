@@ -24,7 +24,7 @@ FEATURES = {
     "prefill_epilogues": "many rows: gate_up_proj+silu_mul in one kernel; prefill: qkv_proj+qk_norm+rope+kv_write too",
     "half_norm": "decode, many rows: o_proj and down_proj also make half of the norm that comes next",
     "prefill_products": "captured prefill steps of few tokens: products as decode makes them",
-    "head": "decode, captured prefill steps: final_norm+lm_head and the sampler's sums in one kernel",
+    "head": "decode, captured prefill steps: final_norm+lm_head, and the sampler's sums in its end",
     "last_rows": "prefill: after its keys, the last layer goes on with the rows to draw from alone",
     "prefill_graphs": "prefill steps of few tokens are captured graphs too",
 }

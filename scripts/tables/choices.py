@@ -48,6 +48,7 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
             wins = other is None or ours <= other
             launch = entry.get("launch", {})
             how = launch.get("product", launch).get("kernel", "tensor cores" if launch.get("dot") else "")
+            how = "tiles, norm apart" if "tiles" in launch else how
             how = {"cublas": "library", "prefill": "prefill's"}.get(entry.get("path", ""), how)
             cells = [f"{ours:.1f}", "" if other is None else f"{other:.1f}"]
             cells[0 if wins else 1] = f"**{cells[0 if wins else 1]}**"

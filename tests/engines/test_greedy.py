@@ -7,10 +7,11 @@ import torch
 
 import kernels
 from engines.fused import LLM as Fused
-from engines.fused import layers
+from engines.fused import draw, layers
 from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
 from kernels.causal_attention import Launch as CausalLaunch
+from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_linear import Launch, decode_linear_half_norm
 from kernels.prefill_linear import Launch as PrefillLaunch
 from tests.engines import reference
@@ -226,3 +227,32 @@ def test_interpreted_kernels(engine, options, prompts, expected):
     with kernels.use("triton"):
         made = engine(reference.config(options=options, max_num_batched_tokens=16))
         assert tokens_of(made, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_many_rows_may_take_the_heads_kernel(path, prompts, expected, monkeypatch):
+    """Where that was measured to be faster than cuBLAS; their logits go where cuBLAS would write them."""
+    if path == "triton" and not kernels.INTERPRETED:
+        pytest.skip("Triton's interpreter is off")
+    chosen = [HeadLaunch(tiles=PrefillLaunch(16, 128, 32, 4, 2)), HeadLaunch(), None]
+    ran, head = [], kernels.decode_head
+
+    def run_head(*arguments, out, **options):
+        ran.append((out is not None, len(arguments[0])))
+        return head(*arguments, out=out, launch=chosen[0], **options)
+
+    monkeypatch.setattr(draw, "best_launch", lambda *shape: chosen[0])
+    monkeypatch.setattr(kernels, "decode_head", run_head)
+    monkeypatch.setattr(draw, "FEW_ROWS", 1)
+    with kernels.use(path):
+        for features, taken in ((FusedOptions().features, [(True, 2)] * 2), (("-head",), [])):
+            engine = Fused(reference.config(options={"features": features}))
+            assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
+            assert ran == taken
+            ran.clear()
+        logits = engine.runner.step.draw.lm_head.memory
+        for launch, many in zip(chosen, (True, False, False), strict=True):
+            chosen[0] = launch
+            hidden = logits.new_empty(2, engine.runner.model.lm_head.matrix.shape[1])
+            assert engine.runner.step.draw.head.takes(hidden) == many
+            assert engine.runner.step.draw.head.takes(hidden[:1]) == (launch is not None)

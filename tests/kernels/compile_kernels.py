@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 import kernels
 from kernels.decode_attention import workspace
 from kernels.decode_attention_launch import Launch as AttentionLaunch
+from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_linear import Launch, decode_linear_half_norm
 from kernels.prefill_linear import Launch as PrefillLaunch
 
@@ -119,6 +120,12 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         head_and_sample(1, torch.bfloat16)
         head_and_sample(16, torch.bfloat16)
         head_and_sample(3, torch.float16)
+        # Of many rows: W's rows first and x's, from tile to tile and not, and by pointers where a row is of odd length.
+        head_and_sample(17, torch.bfloat16, PrefillLaunch(32, 256, 64, 8, 3))
+        head_and_sample(256, torch.bfloat16, PrefillLaunch(128, 128, 64, 8, 4))
+        head_and_sample(60, torch.float16, PrefillLaunch(64, 256, 64, 4, 3, per_sm=0))
+        head_and_sample(9, torch.float32, PrefillLaunch(16, 128, 32, 4, 2, per_sm=0))
+        head_and_sample(9, torch.bfloat16, PrefillLaunch(16, 128, 32, 4, 2), vocab=1001)
 
 
 def norm_linear(rows: int, hidden: int, out: int, inter: int, dtype: torch.dtype, residual: bool) -> None:
@@ -237,15 +244,17 @@ def decode_attention(
     )  # fmt: skip
 
 
-def head_and_sample(rows: int, dtype: torch.dtype) -> None:
+def head_and_sample(rows: int, dtype: torch.dtype, tiles: PrefillLaunch | None = None, vocab: int = 1000) -> None:
     """A decode step's ends: the tokens' embeddings, then head, sums and choice."""
-    hidden, vocab = 1024, 1000
+    hidden = 1024
     table = torch.empty(vocab, hidden, dtype=dtype, device=META)
     tokens, steps, positions = (torch.empty(rows, dtype=torch.int32, device=META) for _ in range(3))
     temperatures = torch.empty(rows, device=META)
     x = kernels.embed_rows(tokens, table, dependent=True)
     norm_weight = torch.empty(hidden, dtype=dtype, device=META)
-    logits, *stats = kernels.decode_head(x, norm_weight, table, 1e-6, temperatures, dependent=True)
+    logits, *stats = kernels.decode_head(
+        x, norm_weight, table, 1e-6, temperatures, dependent=True, launch=HeadLaunch(tiles=tiles) if tiles else None
+    )
     kernels.tile_stats(logits, temperatures, dependent=True)
     kernels.choose_token(
         logits, *stats, temperatures, torch.empty(rows, dtype=torch.int64, device=META), positions, tokens,

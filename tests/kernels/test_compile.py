@@ -13,6 +13,7 @@ DEPENDENT = {
     "decode_attention.decode_attention_kernel",
     "decode_linear.decode_linear_matrix_kernel",
     "decode_head.decode_head_kernel",
+    "decode_head_tiles.decode_head_tiles_kernel",
     "decode_linear_tiled.decode_linear_tiled_kernel",
     "decode_linear.decode_linear_vector_kernel",
     "embed_rows.embed_rows_kernel",

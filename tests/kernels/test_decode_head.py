@@ -1,5 +1,7 @@
 """decode_head against float64: logits, and the statistics of each tile of the logits as they were stored."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from kernels import FUSIONS, decode_head
 from kernels.choices import none_chosen
 from kernels.decode_head import Launch, default_launch
 from kernels.decode_linear import Launch as Product
+from kernels.prefill_linear import Launch as Tiles
 from kernels.sample import TILE
 
 EPS = 1e-6
@@ -49,18 +52,54 @@ def test_head(shape, dtype, randn, assert_close):
     assert_statistics(*theirs, temperatures)
 
 
+TILES = Launch(tiles=Tiles(16, TILE, 32, 4, 2))
 LAUNCHES = (
     Launch(16, 4, 2), Launch(64, 8, 3, ahead=0), Launch(32, 4, 4, ahead=2),
-    Launch(product=Product("vector", 4, 32, 1)), Launch(product=Product("matrix", 8, 128, 4, block_m=8)),
+    Launch(product=Product("vector", 4, 32, 1)), Launch(product=Product("matrix", 8, 128, 4, block_m=8)), TILES,
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("out", [False, True], ids=["new memory", "given memory"])
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
-def test_every_launch_computes_the_same(launch, randn, assert_close):
+def test_every_launch_computes_the_same(launch, out, randn, assert_close):
+    """Into memory of more rows too, of which the others stay as they are."""
     x, gamma, weight = (randn(*shape, dtype=torch.bfloat16) for shape in ((2, 96), (96,), (200, 96)))
     temperatures = torch.tensor([0.7, 0.0], device=x.device)
-    logits, *sums = decode_head(x, gamma, weight, EPS, temperatures, launch=launch)
+    memory = torch.full((4, 200), float("nan"), dtype=x.dtype, device=x.device)
+    kept = [t.clone() for t in (x, gamma, weight, temperatures)]
+    logits, *sums = decode_head(
+        x, gamma, weight, EPS, temperatures, launch=launch, dependent=True, out=memory[:2] if out else None
+    )
     assert_close(logits, FUSIONS["decode_head"].reference(x, gamma, weight, EPS, temperatures)[0])
+    assert_statistics(logits, *sums, temperatures)
+    assert (logits.data_ptr() == memory.data_ptr()) == out and memory[2:].isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip((x, gamma, weight, temperatures), kept, strict=True))
+
+
+# (rows, k, vocab): parts of a tile, several blocks of rows, an odd number of TILEs, rows of no multiple of 16 bytes
+MANY_ROWS = [(8, 64, 264), (17, 72, 392), (70, 40, 200), (33, 36, 131)]
+TILED = [
+    TILES.tiles, Tiles(16, 2 * TILE, 16, 4, 3, per_sm=0), Tiles(64, TILE, 64, 4, 2, per_sm=2),
+    Tiles(64, 2 * TILE, 32, 4, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["described", "pointers"])
+@pytest.mark.parametrize("tiles", TILED, ids=str)
+@pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
+def test_tiles(shape, tiles, described, dtype, randn, assert_close, monkeypatch):
+    """W's rows first and x's, one TILE of the vocabulary and two, from tile to tile and not."""
+    if not described:
+        monkeypatch.setattr(sys.modules["kernels.decode_head_tiles"], "can_describe", lambda *tensors: False)
+    rows, k, vocab = shape
+    x, gamma = randn(rows, k, dtype=dtype, scale=3), randn(k, dtype=dtype)
+    weight = randn(vocab, k, dtype=dtype, scale=4 * k**-0.5)
+    temperatures = torch.tensor([0.0, 0.6, 1.0, 2.5, 0.3], device=x.device).repeat(rows)[:rows].contiguous()
+    logits, *sums = decode_head(x, gamma, weight, EPS, temperatures, launch=Launch(tiles=tiles), dependent=True)
+    x64 = x.double()
+    normalised = x64 / torch.sqrt((x64**2).mean(-1, keepdim=True) + EPS) * gamma.double()
+    assert logits.dtype == dtype and logits.is_contiguous()
+    assert_close(logits, normalised @ weight.double().T)
     assert_statistics(logits, *sums, temperatures)
 
 
@@ -69,7 +108,8 @@ def test_float16_does_not_overflow(randn, assert_close):
     weight = randn(24, 64, dtype=torch.float16, scale=0.1)
     temperatures = torch.ones(2, device=x.device)
     theirs = FUSIONS["decode_head"].reference(x, gamma, weight, EPS, temperatures)
-    assert_close(decode_head(x, gamma, weight, EPS, temperatures)[0], theirs[0])
+    for launch in (None, TILES):
+        assert_close(decode_head(x, gamma, weight, EPS, temperatures, launch=launch)[0], theirs[0])
 
 
 def test_the_default_fits_every_gpu():
@@ -87,3 +127,10 @@ def test_wrong_arguments(randn):
         decode_head(x, gamma, weight, EPS, randn(4).half())
     with pytest.raises(ValueError, match="norm_weight must have shape"):
         decode_head(x, gamma[:5].contiguous(), weight, EPS, randn(4))
+    temperatures = torch.ones(4, device=x.device)
+    with pytest.raises(ValueError, match=r"out must have shape \(4, 8\)"):
+        decode_head(x, gamma, weight, EPS, temperatures, out=randn(3, 8))
+    with pytest.raises(ValueError, match="out must be torch.float32"):
+        decode_head(x, gamma, weight, EPS, temperatures, out=randn(4, 8).half())
+    with pytest.raises(ValueError, match="block_n of the head's tiles must be 128 or 256, not 64"):
+        decode_head(x, gamma, weight, EPS, temperatures, launch=Launch(tiles=Tiles(16, 64, 32, 4, 2)))

@@ -23,15 +23,18 @@ from kernels import (
 )
 from kernels import _tune_products as products
 from kernels._timing import checked
-from kernels._tune_candidates import candidates
+from kernels._tune_candidates import candidates, head_candidates
 from kernels._tune_models import MODELS, Model, Op
 from kernels.decode_attention_launch import Launch as AttentionLaunch
 from kernels.decode_attention_launch import best_launch as best_attention
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import best_launch as best_head
+from kernels.decode_head import default_launch as default_head
+from kernels.decode_head import shape_key as head_key
 from kernels.decode_linear import Launch, best_launch, best_prefill_gate_up, default_launch, shape_key
 from kernels.prefill_linear import Launch as PrefillLaunch
 from kernels.prefill_linear import best_launch as best_prefill
+from kernels.sample import TILE
 
 OPS = MODELS["qwen3-0.6b"].ops()
 CPU = torch.device("cpu")
@@ -74,6 +77,34 @@ def test_candidates_can_run(op, rows):
             stage = (launch.block_n * (1 + op.gated) + launch.block_m) * launch.block_k * 2
             assert stage * launch.num_stages <= 227 * 1024
             assert launch.kernel == "matrix" or op.k % (launch.split_k * launch.block_k) == 0
+
+
+@pytest.mark.parametrize("rows", tune.ROWS)
+def test_candidates_of_the_head_can_run(rows):
+    """Tiles from 8 rows on, and nothing else from 17 on; stages and a tile's end fit into shared memory."""
+    found = head_candidates(rows, 1024, quick=False)
+    tiles = [launch.tiles for launch in found if launch.tiles]
+    assert len(set(found)) == len(found)
+    assert any(launch in found for launch in head_candidates(rows, 1024, quick=True) if launch.tiles) == (rows >= 8)
+    assert (10 <= len(tiles) <= 16) == (rows >= 8) and (len(found) == len(tiles)) == (rows > 16)
+    assert rows > 16 or found[0] == default_head(1024, 2)
+    for launch in tiles:
+        assert launch.block_n in (TILE, 2 * TILE) and launch.block_m <= max(16, rows)
+        shared = (launch.block_n + launch.block_m) * launch.block_k * 2 * launch.num_stages + launch.block_m * TILE * 2
+        assert shared <= 210 * 1024 // launch.per_sm
+        assert launch.block_m * launch.block_n / (launch.num_warps * 32) <= 128  # sums in each thread's registers
+
+
+def test_choices_of_the_head_come_back(gpu):
+    """In one kernel, as a product, behind a norm, or by cuBLAS."""
+    entry = products.Found("head", 0, "", 0, [(70.0, None)], cublas_us=90.0).choice
+    product = HeadLaunch(product=Launch("matrix", 16, 128, 4, block_m=16))
+    tiles = HeadLaunch(tiles=PrefillLaunch(64, 128, 64, 4, 7, per_sm=2))
+    launches = {1: HeadLaunch(128, 8, 3), 16: product, 64: tiles, 128: None}
+    table = {head_key(rows, 99, 16): entry(launch) for rows, launch in launches.items()}
+    choices.save(gpu, {"decode_head": table}, {"gpu": "Some GPU"})
+    assert {rows: best_head(rows, 99, 16, 2, gpu) for rows in launches} == launches
+    assert best_head(33, 99, 16, 2, gpu) == tiles and best_head(32, 99, 16, 2, gpu) == default_head(16, 2)
 
 
 def test_a_wrong_candidate_is_reported_and_not_timed(monkeypatch):
@@ -176,7 +207,11 @@ OFFERED = [
     Launch("tiled", 16, 64, 4, block_m=16, split_k=1),
     Launch("matrix", 8, 128, 4, block_m=8),
 ]
-HEADS = [HeadLaunch(64, 4, 3), HeadLaunch(product=Launch("matrix", 16, 128, 4, block_m=16, registers=255))]
+HEADS = [
+    HeadLaunch(64, 4, 3),
+    HeadLaunch(product=Launch("matrix", 16, 128, 4, block_m=16, registers=255)),
+    HeadLaunch(tiles=PrefillLaunch(16, 128, 64, 4, 2)),
+]
 
 
 @pytest.fixture
@@ -229,8 +264,10 @@ def test_the_whole_tuner(made_up, gpu, monkeypatch, capsys, ops):
         shape_key(rows, op.out, op.k, op.gated) for op in TINY.ops() if op.name in names for rows in (16, 40)
     }
     assert len(table["decode_attention"]) == (2 if "attention" in names else 0)
-    assert len(table["decode_head"]) == ("head" in names)  # not above 16 rows
     assert len(table.get("prefill_gate_up", {})) == len(table.get("causal_attention", {})) == ("prefill" in names)
+    heads = {rows: best_head(rows, TINY.vocab, TINY.hidden, 2, gpu) for rows in (16, 40) if "head" in names}
+    assert set(table["decode_head"]) == {head_key(rows, TINY.vocab, TINY.hidden) for rows in heads}
+    assert set(heads.values()) <= {*HEADS, None}
     for rows in (16, 40):
         assert (f"{rows:5} chain: " in printed) == chained
         for op in (op for op in TINY.ops() if op.name in names):

@@ -14,6 +14,7 @@ from kernels._tune_products import EPS, Bench, Found
 from kernels._tune_settle import best_pairs, settle, ways
 from kernels.decode_attention import reference as attention_reference
 from kernels.decode_attention_launch import Launch as AttentionLaunch
+from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_linear import Launch
 from kernels.prefill_linear import Launch as PrefillLaunch
 
@@ -50,6 +51,16 @@ def test_the_fastest_of_each_kind_is_tried_where_it_is_not_far_behind():
     assert ways(result, 2) == [TILED, OTHER, PREFILL, None]
     assert ways(result, 9) == [TILED, OTHER, THIRD, PREFILL, MATRIX, None]
     assert ways(replace(result, cublas_us=5.3), 2) == [TILED, OTHER, PREFILL]
+
+
+def test_the_head_may_be_cublas():
+    """Where it is faster, or not far behind; of the other ways each one's fastest is tried too."""
+    tiles, deeper = (HeadLaunch(tiles=PrefillLaunch(64, 128, 64, 4, stages)) for stages in (3, 4))
+    product, slow = HeadLaunch(product=MATRIX), HeadLaunch()
+    result = found("head", (80.0, tiles), (81.0, deeper), (90.0, product), (130.0, slow), cublas_us=95.0)
+    assert best_pairs({"head": result}) == {"head": tiles}
+    assert ways(result, 1) == [tiles, product, None]
+    assert best_pairs({"head": replace(result, cublas_us=79.0)}) == {"head": None}
 
 
 TINY = Launch("tiled", 32, 32, 4, block_m=16)

@@ -733,7 +733,13 @@ def test_what_decode_uses_need_not_be_faster_by_itself(tmp_path: Path, monkeypat
                 "gated 3072x1024 rows 256": {
                     "path": "prefill", "launch": {"block_m": 64}, "us": 6.0, "cublas_us": 7.0, "date": day
                 },
-            }
+            },
+            "decode_head": {
+                "151936x1024 rows 64": {
+                    "launch": {"tiles": {"block_m": 64}}, "us": 80.0, "cublas_us": 90.0, "date": day
+                },
+                "151936x1024 rows 256": {"path": "cublas", "us": 150.0, "cublas_us": 140.0, "date": day},
+            },
         },
     }  # fmt: skip
     (tmp_path / "kernels" / "choices").mkdir(parents=True)
@@ -743,6 +749,8 @@ def test_what_decode_uses_need_not_be_faster_by_itself(tmp_path: Path, monkeypat
         ["input_norm+qkv_proj", "128", "8.0", "**7.0**", "tiled"],
         ["input_norm+qkv_proj", "256", "**6.0**", "7.0", "library"],
         ["post_norm+gate_up_proj+silu_mul", "256", "**6.0**", "7.0", "prefill's"],
+        ["final_norm+lm_head", "64", "**80.0**", "90.0", "tiles, norm apart"],
+        ["final_norm+lm_head", "256", "150.0", "**140.0**", "library"],
     ]
 
 
