@@ -6,6 +6,8 @@
     tile_sum      [rows, tiles] float32   sum of exp((logit - tile_max) / T) of the tile; T = 1 in greedy rows
     seeds         [rows] int64            each request's own
     positions     [rows] int32            where the input token stands; -1: a padding row, whose token is 0
+    table         [vocab, hidden]         the embedding table: float32, float16 or bfloat16
+    stream        [rows, hidden]          its dtype: the residual stream that the next step starts from
 
 The token at `positions + 1` is the first whose running sum of exp(logit / T) over the vocabulary exceeds u times the
 whole sum, with u in (0, 1) from Philox4x32-10: key = seed, counter = position of the drawn token. `tile_stats` reads
@@ -15,13 +17,14 @@ seed, position and logits alone, not on its row or its batch. Greedy rows take t
 Running sums are float64, and u has 52 bits: in float32 they would cut off tokens less likely than 1e-7, and move
 the borders of the others by as much. The weights themselves are float32, right to about 1e-6 of each.
 
-Fused: scaling, softmax, noise and search, and then the update of the decode state (tokens, positions, read-back).
-Saved: probabilities (or noise) are neither written nor read.
+Fused: scaling, softmax, noise and search, and then the update of the decode state (tokens, positions, read-back) and
+the embedding of the drawn token. Saved: probabilities (or noise) are neither written nor read; and a launch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +79,7 @@ def choose_token_reference(
     tokens: Tensor,
     ring: Tensor,
     steps: Tensor,
+    embedding: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """`choose_token` in plain PyTorch and float64, from the logits alone: no tiles, one running sum."""
     z = logits.double()
@@ -93,6 +97,9 @@ def choose_token_reference(
     ring[(steps % ring.shape[0]).to(ring.device), rows] = chosen.to(ring.device)
     positions += positions >= 0
     steps += 1
+    if embedding is not None:
+        table, stream = embedding
+        stream.copy_(table[chosen.long()])
 
 
 def uniform_reference(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -177,12 +184,21 @@ def _first_beyond(weights, target, SIZE: tl.constexpr):
     return index, target - tl.sum(tl.where(at < index, weights, 0.0), axis=0)
 
 
-@triton.jit
+def _choose_token_name(specialization: Any) -> str:
+    """Of the kernel as profilers show it: whether it embeds too."""
+    return "choose_token_embed_kernel" if specialization.constants["HIDDEN"] else "choose_token_kernel"
+
+
+@triton.jit(repr=_choose_token_name)
 def choose_token_kernel(
-    logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, vocab, tiles, slots, max_rows,
-    TILE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
+    logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, table, stream, vocab, tiles, slots,
+    max_rows, TILE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One row: which group of tiles, which of its tiles, which of its entries; and what the next step must know."""
+    """One row: which group of tiles, which of its tiles, which of its entries; and what the next step must know.
+
+    HIDDEN 0: nothing is embedded. COLUMNS is the power of two that holds them.
+    """
     let_next_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     # The state was last written before this chain's first kernel started, so it need not be waited for.
@@ -217,10 +233,15 @@ def choose_token_kernel(
     entry, _ = _first_beyond(weights, share * tl.sum(weights, axis=0), TILE)
 
     token = tl.where(position >= 0, first + entry, 0)
+    if HIDDEN > 0:  # asked for first: it comes while the others are stored
+        hidden_at = tl.arange(0, COLUMNS)
+        embedded = tl.load(table + token.to(tl.int64) * HIDDEN + hidden_at, mask=hidden_at < HIDDEN)
     tl.store(tokens + row, token)
     tl.store(ring + slot * max_rows + row, token)
     tl.store(positions + row, tl.where(position >= 0, position + 1, position))
     tl.store(steps + row, step + 1)
+    if HIDDEN > 0:
+        tl.store(stream + row * HIDDEN + hidden_at, embedded, mask=hidden_at < HIDDEN)
 
 
 def tile_stats(
@@ -258,6 +279,7 @@ def choose_token(
     tokens: Tensor,
     ring: Tensor,
     steps: Tensor,
+    embedding: tuple[Tensor, Tensor] | None = None,
     *,
     dependent: bool = False,
 ) -> None:
@@ -268,6 +290,7 @@ def choose_token(
     ring [slots, max_rows] int32      ring[steps % slots, row] := the drawn token; pinned host memory, or the device's
     steps [rows] int32 or int64       += 1 in every row: each row counts its own launches, so that no two programs
                                       share a counter; whoever reads the ring counts along
+    embedding (table, stream)         stream[row] := table[the drawn token]; None: nothing is embedded
 
     With dependent launches no kernel of the chain but this one may write temperatures, seeds, positions or steps.
     ValueError if the arguments do not fit.
@@ -282,16 +305,23 @@ def choose_token(
     check_like("tokens", tokens, (rows,), logits, torch.int32)
     check_integers("steps", steps, (rows,), logits)
     _check_ring(ring, logits)
+    table, stream = embedding or (None, None)
+    if table is not None and stream is not None:
+        _check_embedding(table, stream, logits)
     if not runs_triton(logits):
-        choose_token_reference(logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps)
+        choose_token_reference(
+            logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, embedding
+        )
         return
     depends = dependent and can_depend(logits.device)
+    hidden = 0 if table is None else table.shape[1]
     if rows > 0:
         choose_token_kernel[(rows,)](
-            logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps,
+            logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, table, stream,
             vocab, tiles, *ring.shape,
-            TILE=TILE, GROUPS=max(2, triton.next_power_of_2(-(-tiles // GROUP))), GROUP=GROUP, DEPENDENT=depends,
-            num_warps=CHOOSE_WARPS, **({"launch_pdl": True} if depends else {}),
+            TILE=TILE, GROUPS=max(2, triton.next_power_of_2(-(-tiles // GROUP))), GROUP=GROUP, HIDDEN=hidden,
+            COLUMNS=triton.next_power_of_2(max(1, hidden)), DEPENDENT=depends, num_warps=CHOOSE_WARPS,
+            **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
 
 
@@ -312,6 +342,14 @@ def _check_ring(ring: Tensor, logits: Tensor) -> None:
         raise ValueError(f"ring must lie in pinned host memory or on {logits.device}.")
 
 
+def _check_embedding(table: Tensor, stream: Tensor, logits: Tensor) -> None:
+    check_float("table", table, 2)
+    rows, vocab = logits.shape
+    if table.shape[0] < vocab or table.device != logits.device:
+        raise ValueError(f"table must have a row for each of {vocab} tokens on {logits.device}, not {table.shape[0]}.")
+    check_like("stream", stream, (rows, table.shape[1]), table)
+
+
 def tile_stats_saved_bytes(rows: int, vocab: int, element_bytes: int) -> int:
     """The second read of the logits, for the sum once the maximum is known."""
     return rows * vocab * element_bytes
@@ -323,4 +361,6 @@ def choose_token_saved_bytes(rows: int, vocab: int) -> int:
 
 
 TILE_STATS = Fusion("tile_stats", ("sample",), tile_stats, tile_stats_reference, tile_stats_saved_bytes)
-CHOOSE_TOKEN = Fusion("choose_token", ("sample",), choose_token, choose_token_reference, choose_token_saved_bytes)
+CHOOSE_TOKEN = Fusion(
+    "choose_token", ("sample", "sample+embed"), choose_token, choose_token_reference, choose_token_saved_bytes
+)

@@ -51,7 +51,7 @@ class Logits(nn.Module):
 
 
 class Sample(nn.Module):
-    """Draws the rows' tokens, hands them to the host, and moves the state on."""
+    """Draws the rows' tokens, hands them to the host, and moves the state on; of decode, embeds them too."""
 
     def forward(self, logits: Tensor, sums: tuple[Tensor, Tensor] | None, state: Rows, dependent: bool) -> None:
         """`sums` are the head's; None: they are still to be made from `logits` [rows, vocab]."""
@@ -60,7 +60,7 @@ class Sample(nn.Module):
             sums = kernels.tile_stats(logits, s.temperatures[:rows], dependent=dependent)
         kernels.choose_token(
             logits, *sums, s.temperatures[:rows], s.seeds[:rows], s.positions[:rows], s.tokens[:rows], s.ring,
-            s.steps[:rows], dependent=dependent,
+            s.steps[:rows], s.embedding(rows), dependent=dependent,
         )  # fmt: skip
 
 
@@ -90,5 +90,5 @@ class Draw:
         return [
             (Site(NO_LAYER, "head", "final_norm+lm_head"), self.head),
             (Site(NO_LAYER, "head", "lm_head"), self.lm_head),
-            (Site(NO_LAYER, "sample", "sample"), self.sample),
+            (Site(NO_LAYER, "sample", "sample+embed"), self.sample),  # prefill's draws are watched by nobody
         ]

@@ -226,7 +226,7 @@ def decode_attention(
 
 
 def head_and_sample(rows: int, dtype: torch.dtype) -> None:
-    """A decode step's ends: the tokens' embeddings, then head, sums and choice."""
+    """A decode step's ends: the tokens' embeddings, then head, sums and choice, with the next embeddings or without."""
     hidden, vocab = 1024, 1000
     table = torch.empty(vocab, hidden, dtype=dtype, device=META)
     tokens, steps, positions = (torch.empty(rows, dtype=torch.int32, device=META) for _ in range(3))
@@ -235,10 +235,11 @@ def head_and_sample(rows: int, dtype: torch.dtype) -> None:
     norm_weight = torch.empty(hidden, dtype=dtype, device=META)
     logits, *stats = kernels.decode_head(x, norm_weight, table, 1e-6, temperatures, dependent=True)
     kernels.tile_stats(logits, temperatures, dependent=True)
-    kernels.choose_token(
-        logits, *stats, temperatures, torch.empty(rows, dtype=torch.int64, device=META), positions, tokens,
-        torch.empty(4, rows, dtype=torch.int32, device=META), steps, dependent=True,
-    )  # fmt: skip
+    for embedding in (None, (table, x)):
+        kernels.choose_token(
+            logits, *stats, temperatures, torch.empty(rows, dtype=torch.int64, device=META), positions, tokens,
+            torch.empty(4, rows, dtype=torch.int32, device=META), steps, embedding, dependent=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

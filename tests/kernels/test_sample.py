@@ -58,9 +58,8 @@ class State:
             torch.arange(rows, device=device) + 4,
         )
 
-    def draw(self, logits: Tensor) -> Tensor:
-        stats = tile_stats(logits, self.temperatures)
-        choose_token(logits, *stats, self.temperatures, self.seeds, self.positions, self.tokens, self.ring, self.steps)
+    def draw(self, logits: Tensor, embedding: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        choose_token(logits, *tile_stats(logits, self.temperatures), *vars(self).values(), embedding)
         return self.tokens
 
 
@@ -171,6 +170,25 @@ def test_same_tokens_as_one_running_sum(vocab, dtype, device):
     assert (tokens != expected).sum() <= (0 if INTERPRETED else 1)
 
 
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("hidden", [1, 24, 1030], ids=str)
+def test_drawn_tokens_are_embedded(path, hidden, dtype, device, randn):
+    """Bit for bit, padding rows as token 0, and nothing beyond the rows; tokens are those drawn without it."""
+    logits, table = randn(4, 300, scale=3), randn(300, hidden, dtype=dtype)
+    arguments = ([1.0, 0.0, 0.7, 1.3], [3, 4, 5, 6], [7, 8, -1, 9], device)
+    expected, state = State.of(*arguments), State.of(*arguments)
+    memory = torch.full((5, hidden), torch.nan, dtype=dtype, device=device)
+    with kernels.use(path):
+        expected.draw(logits)
+        state.draw(logits, (table, memory[:4]))
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(state, name), value), name
+    tokens = state.tokens.tolist()
+    assert tokens[2] == 0
+    assert torch.equal(memory[:4], table[tokens])
+    assert memory[4].isnan().all()
+
+
 def test_equal_rows_draw_equal_tokens(device):
     """Seed, position and logits decide: not the row, nor the batch, nor what else is in it."""
     logits = spread_logits(torch.bfloat16).to(device)
@@ -258,6 +276,13 @@ def test_wrong_arguments(device):
         choose(ring=state.ring[:, :1].contiguous())
     with pytest.raises(ValueError, match="ring must be contiguous int32"):
         choose(ring=state.ring[:, :2])
+    table = torch.zeros(130, 8, device=device)
+    with pytest.raises(ValueError, match="a row for each of 130 tokens"):
+        choose(embedding=(table[:129], table[:2]))
+    with pytest.raises(ValueError, match=r"stream must have shape \(2, 8\)"):
+        choose(embedding=(table, table))
+    with pytest.raises(ValueError, match=r"stream must be torch.float32"):
+        choose(embedding=(table, table[:2].half()))
     assert state.tokens.tolist() == [-7, -7]
 
 
