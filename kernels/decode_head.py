@@ -14,12 +14,13 @@ elements), and a read of the logits (rows * vocab).
 Two ways, both for few rows (up to 16 or so). In one kernel, a program makes one tile: W x^T on tensor cores, all rows
 at once; W, which is most of a small model, streams through a pipelined loop, and its first columns are asked into the
 L2 before the wait. Or as a layer's product (`Launch.product`), whose programs hold W in registers and come nearer to
-the memory's rate, with `tile_stats` after it.
+the memory's rate, with `tile_stats` or `draw_token` after it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +161,11 @@ def decode_head(
     *,
     dependent: bool = False,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    leave_sums: bool = False,
+) -> Any:
     """(logits, tile_max, tile_sum) of the last layer's output; shapes as in this module's docstring.
+
+    `leave_sums`: where they would take a kernel of their own, there are none, for `draw_token`: (logits, None, None).
 
     `dependent`: launch dependently where the GPU can; results are the same. `launch` overrides the measured choice for
     this GPU and the default. ValueError if the arguments do not fit.
@@ -182,6 +186,8 @@ def decode_head(
     launch = launch or best_launch(rows, vocab, *shape, x.device) or default_launch(*shape)
     if launch.product is not None and rows > 0 and vocab > 0:
         logits = decode_linear(x, weight, norm_weight=norm_weight, eps=eps, dependent=dependent, launch=launch.product)
+        if leave_sums:
+            return logits, None, None
         return logits, *tile_stats(logits, temperatures, dependent=dependent)
     tiles = -(-vocab // TILE)
     logits = torch.empty((rows, vocab), dtype=x.dtype, device=x.device)

@@ -30,12 +30,14 @@ class Head(nn.Module):
         vocab = self._model[0].lm_head.matrix.shape[0]
         return rows <= ROWS and best_launch(rows, vocab, k, hidden.element_size(), hidden.device) is not None
 
-    def forward(self, hidden: Tensor, temperatures: Tensor, dependent: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, temperatures: Tensor, dependent: bool) -> tuple[Tensor, Any]:
+        """Logits and their sums; None for these where they would take a kernel of their own."""
         (model,) = self._model
         norm = model.model.norm
-        return kernels.decode_head(
-            hidden, norm.weight, model.lm_head.matrix, norm.eps, temperatures, dependent=dependent
+        logits, *sums = kernels.decode_head(
+            hidden, norm.weight, model.lm_head.matrix, norm.eps, temperatures, dependent=dependent, leave_sums=True
         )
+        return logits, None if sums[0] is None else sums
 
 
 class Logits(nn.Module):
@@ -56,12 +58,14 @@ class Sample(nn.Module):
     def forward(self, logits: Tensor, sums: tuple[Tensor, Tensor] | None, state: Rows, dependent: bool) -> None:
         """`sums` are the head's; None: they are still to be made from `logits` [rows, vocab]."""
         rows, s = logits.shape[0], state
-        if sums is None:
-            sums = kernels.tile_stats(logits, s.temperatures[:rows], dependent=dependent)
-        kernels.choose_token(
-            logits, *sums, s.temperatures[:rows], s.seeds[:rows], s.positions[:rows], s.tokens[:rows], s.ring,
-            s.steps[:rows], s.embedding(rows), dependent=dependent,
+        of_rows: Any = (
+            s.temperatures[:rows], s.seeds[:rows], s.positions[:rows], s.tokens[:rows], s.ring, s.steps[:rows],
+            s.embedding(rows),
         )  # fmt: skip
+        if sums is None:
+            kernels.draw_token(logits, *of_rows, dependent=dependent)
+        else:
+            kernels.choose_token(logits, *sums, *of_rows, dependent=dependent)
 
 
 class Draw:
@@ -79,7 +83,7 @@ class Draw:
         dependent = "dependent" in self.features
         sums: Any = None
         if "head" in self.features and self.head.takes(hidden):
-            logits, *sums = self.head(hidden, state.temperatures[: len(hidden)], dependent)
+            logits, sums = self.head(hidden, state.temperatures[: len(hidden)], dependent)
         else:
             logits = self.lm_head(self.norm(hidden))
         self.sample(logits, sums, state, dependent)

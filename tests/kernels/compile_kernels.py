@@ -235,11 +235,14 @@ def head_and_sample(rows: int, dtype: torch.dtype) -> None:
     norm_weight = torch.empty(hidden, dtype=dtype, device=META)
     logits, *stats = kernels.decode_head(x, norm_weight, table, 1e-6, temperatures, dependent=True)
     kernels.tile_stats(logits, temperatures, dependent=True)
+    seeds, ring = (
+        torch.empty(rows, dtype=torch.int64, device=META),
+        torch.empty(4, rows, dtype=torch.int32, device=META),
+    )
+    state = (temperatures, seeds, positions, tokens, ring, steps)
     for embedding in (None, (table, x)):
-        kernels.choose_token(
-            logits, *stats, temperatures, torch.empty(rows, dtype=torch.int64, device=META), positions, tokens,
-            torch.empty(4, rows, dtype=torch.int32, device=META), steps, embedding, dependent=True,
-        )  # fmt: skip
+        kernels.choose_token(logits, *stats, *state, embedding, dependent=True)
+        kernels.draw_token(logits, *state, embedding, dependent=True)
 
 
 if __name__ == "__main__":
