@@ -38,6 +38,8 @@ _ROTATES = re.compile(r"prefill_qkv_rope")
 """The matrix product that does all between it and attention too."""
 _ADD = re.compile(r"CUDAFunctor_add|fused_add_\d+$")
 _EMBED = re.compile(r"indexSelect|index_select|gather|embedding|embed_rows")
+_DRAWS_AND_EMBEDS = re.compile(r"token_embed_kernel")
+"""Draws tokens and embeds them for the step after."""
 _PICK = re.compile(r"indexSelect|vectorized_gather")
 _NORM = re.compile(r"norm|rsqrt")
 _ROPE = re.compile(r"rotary|rope|_cat_|_sin_|_cos_")
@@ -179,7 +181,8 @@ def _attribute_end(names: Sequence[str], sites: list[Site | None], start: int, h
     head_op = "lm_head" if between else "final_norm+lm_head"
     _put(sites, range(norm_end, head.stop), Site(NO_LAYER, "head", head_op))
     last = max((i for i in range(head.stop, len(names)) if not _READ_BACK.match(names[i])), default=head.stop - 1)
-    _put(sites, range(head.stop, last + 1), Site(NO_LAYER, "sample", "sample"))
+    for i in range(head.stop, last + 1):
+        sites[i] = Site(NO_LAYER, "sample", "sample+embed" if _DRAWS_AND_EMBEDS.search(names[i]) else "sample")
     _put(sites, range(last + 1, len(names)), Site(NO_LAYER, "step", "read_back"))
 
 

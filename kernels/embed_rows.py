@@ -4,7 +4,8 @@
     table   [vocab, hidden]           float32, float16 or bfloat16
     y       [rows, hidden]            the table's dtype
 
-Nothing is fused: a captured decode step feeds drawn tokens back through this without converting them to int64.
+Nothing is fused: tokens that lie on the device as int32 need not be converted to int64. What a decode step draws is
+embedded by the kernel that draws it (kernels/sample.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._checks import check_float, check_integers
+from kernels._checks import check_float, check_integers, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._triton import runs_triton, tl, triton
 
@@ -37,15 +38,20 @@ def embed_rows_kernel(tokens, table, y, HIDDEN: tl.constexpr, BLOCK: tl.constexp
     tl.store(y + row * HIDDEN + column, tl.load(table + token * HIDDEN + column, mask=mask), mask=mask)
 
 
-def embed_rows(tokens: Tensor, table: Tensor, *, dependent: bool = False) -> Tensor:
-    """table[tokens]; shapes as in this module's docstring. ValueError if the arguments do not fit."""
+def embed_rows(tokens: Tensor, table: Tensor, *, out: Tensor | None = None, dependent: bool = False) -> Tensor:
+    """table[tokens], written to `out` if given; shapes as in this module's docstring.
+
+    ValueError if the arguments do not fit.
+    """
     check_float("table", table, 2)
     rows, hidden = len(tokens), table.shape[1]
     check_integers("tokens", tokens, (rows,), table)
+    if out is not None:
+        check_like("out", out, (rows, hidden), table)
     if not runs_triton(table):
-        return reference(tokens, table)
+        return reference(tokens, table) if out is None else out.copy_(reference(tokens, table))
     depends = dependent and can_depend(table.device)
-    y = torch.empty((rows, hidden), dtype=table.dtype, device=table.device)
+    y = torch.empty((rows, hidden), dtype=table.dtype, device=table.device) if out is None else out
     if y.numel() > 0:
         embed_rows_kernel[(rows, -(-hidden // BLOCK))](
             tokens, table, y, HIDDEN=hidden, BLOCK=min(BLOCK, triton.next_power_of_2(hidden)), DEPENDENT=depends,

@@ -1,12 +1,11 @@
-"""The decode step from token to token: embedding, layers, head, sampling and the new state, all on the device."""
+"""The decode step from token to token: layers, head, sampling, the new state and embedding, all on the device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-import kernels
-from engines.base import NO_LAYER, Site
+from engines.base import Site
 from engines.fused.context import DecodeContext
 from engines.fused.draw import Draw
 from engines.fused.prefill_graphs import PrefillGraphs
@@ -15,44 +14,32 @@ from engines.nano.graphs import DecodeGraphs
 from engines.nano.models import Decoder
 
 
-class Embed(nn.Module):
-    """tokens [rows] int32 → [rows, hidden]."""
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self._embedding = (embedding,)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return kernels.embed_rows(tokens, self._embedding[0].weight)
-
-
 class DecodeStep:
-    """Launches one step on the rows of `state`."""
+    """Launches one step on the rows of `state`, all of whose kernels may be launched dependently.
+
+    So what comes before it in the stream must be no step: its kernels would overlap with that one's last, which writes
+    the positions that attention reads early. A graph is replayed when the one before has ended.
+    """
 
     def __init__(self, model: Decoder, state: DecodeState, features: frozenset[str], block_size: int) -> None:
         self.model = model
         self.state = state
         self.features = features
         self.block_size = block_size
-        self.embed = Embed(model.model.embed_tokens)
         self.draw = Draw(model, state.max_rows, features)
 
     def __call__(self, rows: int, longest: int) -> Tensor:
         """Logits [rows, vocab]; `longest` bounds the length of every row."""
         context = self._context(rows, longest)
         positions = self.state.positions[:rows]
-        hidden, residual = self.embed(self.state.tokens[:rows]), None
+        hidden, residual = self.state.stream[:rows], None
         for layer in self.model.layers:
             hidden, residual = layer(hidden, residual, positions, context)
         return self.draw(hidden, self.state)
 
     def sites(self) -> list[tuple[Site, nn.Module]]:
         """Every place that can be timed, in the order in which they run."""
-        return [
-            (Site(NO_LAYER, "embed", "embed"), self.embed),
-            *[(site, module) for site, module in self.model.sites() if site.block != "embed"],
-            *self.draw.sites(),
-        ]
+        return [*self.model.sites(), *self.draw.sites()]
 
     def _context(self, rows: int, longest: int) -> DecodeContext:
         state = self.state

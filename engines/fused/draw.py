@@ -31,13 +31,15 @@ class Head(nn.Module):
         launch = best_launch(rows, vocab, k, hidden.element_size(), hidden.device)
         return launch is not None and (rows <= FEW_ROWS or launch.tiles is not None)
 
-    def forward(self, hidden: Tensor, temperatures: Tensor, dependent: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, temperatures: Tensor, dependent: bool) -> tuple[Tensor, Any]:
+        """Logits and their sums; None for these where they would take a kernel of their own."""
         (model,) = self._model
         norm, rows = model.model.norm, hidden.shape[0]
-        return kernels.decode_head(
+        logits, *sums = kernels.decode_head(
             hidden, norm.weight, model.lm_head.matrix, norm.eps, temperatures,
-            out=self._memory[:rows] if rows > FEW_ROWS else None, dependent=dependent,
+            out=self._memory[:rows] if rows > FEW_ROWS else None, dependent=dependent, leave_sums=True,
         )  # fmt: skip
+        return logits, None if sums[0] is None else sums
 
 
 class Logits(nn.Module):
@@ -53,17 +55,19 @@ class Logits(nn.Module):
 
 
 class Sample(nn.Module):
-    """Draws the rows' tokens, hands them to the host, and moves the state on."""
+    """Draws the rows' tokens, hands them to the host, and moves the state on; of decode, embeds them too."""
 
     def forward(self, logits: Tensor, sums: tuple[Tensor, Tensor] | None, state: Rows, dependent: bool) -> None:
         """`sums` are the head's; None: they are still to be made from `logits` [rows, vocab]."""
         rows, s = logits.shape[0], state
-        if sums is None:
-            sums = kernels.tile_stats(logits, s.temperatures[:rows], dependent=dependent)
-        kernels.choose_token(
-            logits, *sums, s.temperatures[:rows], s.seeds[:rows], s.positions[:rows], s.tokens[:rows], s.ring,
-            s.steps[:rows], dependent=dependent,
+        of_rows: Any = (
+            s.temperatures[:rows], s.seeds[:rows], s.positions[:rows], s.tokens[:rows], s.ring, s.steps[:rows],
+            s.embedding(rows),
         )  # fmt: skip
+        if sums is None:
+            kernels.draw_token(logits, *of_rows, dependent=dependent)
+        else:
+            kernels.choose_token(logits, *sums, *of_rows, dependent=dependent)
 
 
 class Draw:
@@ -81,7 +85,7 @@ class Draw:
         dependent = "dependent" in self.features
         sums: Any = None
         if "head" in self.features and self.head.takes(hidden):
-            logits, *sums = self.head(hidden, state.temperatures[: len(hidden)], dependent)
+            logits, sums = self.head(hidden, state.temperatures[: len(hidden)], dependent)
         else:
             logits = self.lm_head(self.norm(hidden))
         self.sample(logits, sums, state, dependent)
@@ -92,5 +96,5 @@ class Draw:
         return [
             (Site(NO_LAYER, "head", "final_norm+lm_head"), self.head),
             (Site(NO_LAYER, "head", "lm_head"), self.lm_head),
-            (Site(NO_LAYER, "sample", "sample"), self.sample),
+            (Site(NO_LAYER, "sample", "sample+embed"), self.sample),  # prefill's draws are watched by nobody
         ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from engines.base import EngineConfig, HostPhases, SamplingParams, Site
+from engines.base import NO_LAYER, EngineConfig, HostPhases, SamplingParams, Site
 from engines.fused.decode import DecodeStep, Graphs
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
@@ -44,7 +44,7 @@ class FusedRunner(ModelRunner):
 
     def _make_buffers(self) -> DecodeState:
         c = self.model_config
-        self.state = DecodeState(self.config.max_num_seqs, self.max_blocks, self.device)
+        self.state = DecodeState(self.config.max_num_seqs, self.max_blocks, self.model.model.embed_tokens.weight)
         shared = workspace(self.config.max_num_seqs, c.num_heads, c.head_dim, self.device)
         for layer in self.model.layers:
             layer.workspace = shared
@@ -53,8 +53,7 @@ class FusedRunner(ModelRunner):
 
     @property
     def sites(self) -> list[tuple[Site, nn.Module]]:
-        ours = self.step.sites()
-        return [*ours, *[(site, module) for site, module in super().sites if site.block in ("embed", "sample")]]
+        return [*self.step.sites(), (Site(NO_LAYER, "sample", "sample"), self.sampler)]
 
     @torch.inference_mode()
     def launch(self, sequences: list[Sequence], unread: Flight | None = None) -> Flight:
@@ -86,6 +85,8 @@ class FusedRunner(ModelRunner):
     def _decode(self, rows: int, longest: int) -> Tensor:
         if self.graphs is not None and rows <= self.graphs.largest:
             return self.graphs.replay(rows)
+        if "dependent" in self.features:
+            self.state.embed()  # the same once more, but launched in the ordinary way: it keeps two steps apart
         return self.step(rows, longest)
 
     def _inputs(self, sequences: list[Sequence]) -> Any:
@@ -105,7 +106,7 @@ class FusedRunner(ModelRunner):
         count = len(sequences)
         # The step has moved the state on; this is the draw that it made.
         positions, steps = rows.positions[:count] - 1, rows.steps[:count] - 1
-        self._choose(sequences, logits, positions, rows.tokens[:count], rows.ring, steps)
+        self._choose(sequences, logits, positions, rows.tokens[:count], rows.ring, steps, rows.embedding(count))
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
         """Tokens after a prefill without a graph, drawn as in decode: a request's tokens depend on its seed alone."""
@@ -115,8 +116,9 @@ class FusedRunner(ModelRunner):
         return tokens
 
     def _choose(
-        self, sequences: list[Sequence], logits: Tensor, positions: Tensor, tokens: Tensor, ring: Tensor, steps: Tensor
-    ) -> None:
+        self, sequences: list[Sequence], logits: Tensor, positions: Tensor, tokens: Tensor, ring: Tensor, steps: Tensor,
+        embedding: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         batch = SamplingBatch.of([(s.sampling, 0) for s in sequences], self.model_config.vocab_size, self.device)
         temperatures = batch.temperatures
         if temperatures is None:
@@ -130,8 +132,7 @@ class FusedRunner(ModelRunner):
             logits = torch.where(is_cut.unsqueeze(1), likely, logits)
             temperatures = torch.where(is_cut, 1.0, temperatures)  # the logits are divided already
         seeds = self._put([s.seed for s in sequences], torch.int64)
-        sums = kernels.tile_stats(logits, temperatures)
-        kernels.choose_token(logits, *sums, temperatures, seeds, positions, tokens, ring, steps)
+        kernels.draw_token(logits, temperatures, seeds, positions, tokens, ring, steps, embedding)
 
     def _put(self, values: list[int] | list[bool], dtype: torch.dtype) -> Tensor:
         host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")

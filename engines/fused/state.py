@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import kernels
 from engines.nano.sequence import Sequence
 
 STAGES = 4
@@ -73,17 +74,24 @@ class Rows:
             landed.record()
         return Flight(sequences, self._ring_view[stage], landed)
 
+    def embedding(self, rows: int) -> tuple[Tensor, Tensor] | None:
+        """The table by which drawn tokens are embedded, and the first `rows` of where to; None: they are not."""
+        return None
+
 
 class DecodeState(Rows):
     """Inputs of a decode step, at fixed addresses, for up to `max_rows` sequences. The step itself moves them on.
 
     block_tables  [max_rows, max_blocks] int32
+    stream        [max_rows, hidden], of the dtype of `table` [vocab, hidden]: the embeddings of `tokens` before a step,
+                  which changes it in place and ends by embedding what it draws; finite in all rows
 
     As long as the same sequences run, nothing but new cache blocks goes to the device. When they change, all rows are
     written anew; a token that has not been read yet is then taken from the row where it was drawn.
     """
 
-    def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, max_blocks: int, table: Tensor) -> None:
+        device = table.device
         pinned = device.type == "cuda"
         self._stages = [torch.zeros(self.LINES, max_rows, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGES)]
         self._table_stages = [
@@ -95,6 +103,8 @@ class DecodeState(Rows):
         super().__init__(self._numbers)
         # A token still to be read comes from another row of `tokens`, which must not be written before.
         self._incoming, self.tokens = self.tokens, torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.table = table
+        self.stream = table.new_zeros(max_rows, table.shape[1])
         self.block_tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
         self._tables = np.zeros((max_rows, max_blocks), np.int32)
         self._rows: list[Sequence] = []  # whose state the device holds
@@ -106,6 +116,13 @@ class DecodeState(Rows):
         self.forget()
         self._numbers.zero_()
         self.positions.fill_(-1)
+
+    def embedding(self, rows: int) -> tuple[Tensor, Tensor]:
+        return self.table, self.stream[:rows]
+
+    def embed(self) -> None:
+        """Let the next step start from `tokens`: for whoever writes them, if it is not a step."""
+        kernels.embed_rows(self.tokens, self.table, out=self.stream)
 
     def forget(self) -> None:
         """Whatever the device holds is not to be continued; call after a prefill."""
@@ -138,6 +155,7 @@ class DecodeState(Rows):
             self.tokens.copy_(torch.where(incoming < 0, self.tokens[(~incoming).clamp_min(0)], incoming))
         else:
             self.tokens.copy_(incoming)
+        self.embed()
 
     def _write_tables(self, sequences: list[Sequence], blocks: list[int], stage: int) -> None:
         for row, sequence in enumerate(sequences):

@@ -212,6 +212,33 @@ def test_blocks_smaller_than_the_attention_kernel_takes_are_not_given_to_it_inte
     assert "16 tokens or more" in llm.notes["fallbacks"]["attention"]
 
 
+def test_every_step_starts_from_the_embeddings_of_its_tokens(prompts):
+    """Rows come, go, are preempted and drawn for twice: tokens are those of each request alone."""
+    sampling = SamplingParams(temperature=1.2, max_tokens=MANY, ignore_eos=True, seed=5)
+    settings = (
+        replace(sampling, temperature=0.0),
+        sampling,
+        replace(sampling, temperature=3.0, top_k=7),
+        replace(sampling, seed=6),
+    )
+    requests = [Request(f"{i}", tuple((prompts * 2)[i]), s) for i, s in enumerate(settings)]
+    alone = [tokens_of(engine(), [request])[0] for request in requests]
+    llm = engine(max_num_seqs=3, kv_cache_tokens=112)
+    state, decode, seen = llm.runner.state, llm.runner._decode, []
+
+    def checked(rows, longest):
+        assert torch.equal(state.stream[:rows], state.table[state.tokens[:rows]])
+        logits = decode(rows, longest)
+        assert torch.equal(state.stream[:rows], state.table[state.tokens[:rows]])
+        assert state.stream.isfinite().all()
+        seen.append(rows)
+        return logits
+
+    llm.runner._decode = checked
+    assert tokens_of(llm, requests) == alone
+    assert llm.notes["preemptions"] > 0 and set(seen) == {1, 2, 3}
+
+
 def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:
     made = Sequence(Request(name, tuple(tokens), SamplingParams(temperature=0.5)))
     made.block_table, made.seed = blocks, seed
@@ -220,14 +247,17 @@ def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> 
 
 def test_rows_follow_the_sequences():
     """What the device holds after each arrangement, written down by hand."""
-    state = DecodeState(4, 3, torch.device("cpu"))
+    table = torch.randn(100, 8)
+    state = DecodeState(4, 3, table)
     a, b, c = sequence("a", [5, 6], [0], 1 << 40), sequence("b", [7], [1], 3), sequence("c", [8, 9, 10], [2], -1)
     state.arrange([a, b])
     assert state.tokens.tolist() == [6, 7, 0, 0]
+    assert torch.equal(state.stream, table[[6, 7, 0, 0]])
     assert state.positions.tolist() == [1, 0, -1, -1]
     assert state.seeds.tolist()[:2] == [1 << 40, 3]
     assert state.temperatures.tolist()[:2] == [0.5, 0.5]
     state.tokens[:2] = torch.tensor([60, 70])  # what the step draws
+    state.stream.fill_(torch.nan)  # and what it might leave in the stream
     state.positions[:2] += 1
     state.steps += 1
     flight = state.flight([a, b])
@@ -240,6 +270,7 @@ def test_rows_follow_the_sequences():
     b.token_ids.append(70)  # the first flight is read, the second is not
     state.arrange([b, c], second)
     assert state.tokens.tolist() == [71, 10, 0, 0]
+    assert torch.equal(state.stream, table[[71, 10, 0, 0]])
     assert state.positions.tolist() == [2, 2, -1, -1]
     assert state.steps.tolist()[:2] == [2, 2]
     assert state.block_tables[:2, 0].tolist() == [1, 2]

@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"nano": {}, "fused": {}, "vllm": {"arm": "
 class DelayingProbe(GraphEventProbe):
     """Its graphs hold a kernel that spins, right behind the event at which layer SLOW begins.
 
-    A long one before the embedding keeps the host ahead.
+    A long one before the embedding, where a graph begins with one, keeps the host ahead.
     """
 
     def __init__(self, cycles: int) -> None:
@@ -82,7 +82,7 @@ def traced_us(engine: Any, cycles: int) -> tuple[list[float], float]:
     rows = [row for row in layers if row["op"] == WHOLE_LAYER]
     whole = [[row["latency_us"] for row in rows if row["layer_index"] == n] for n in range(LAYERS)]
     assert [len(times) for times in whole] == [SAMPLES] * LAYERS
-    embed_us = [row["latency_us"] for row in layers if row["op"] == "embed"]
+    embed_us = [row["latency_us"] for row in layers if row["op"] == "embed"] or [0.0] * len(steps)
     rest_us = [row["gpu_us"] - us for row, us in zip(steps, embed_us, strict=True)]
     return [median(times) for times in whole], median(rest_us)
 

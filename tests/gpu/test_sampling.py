@@ -29,24 +29,25 @@ class Decoder:
         self.tokens = torch.arange(ROWS, dtype=torch.int32, device="cuda")
         self.ring = torch.full((SLOTS, ROWS + 2), -7, dtype=torch.int32, pin_memory=True)
         self.steps = torch.zeros(ROWS, dtype=torch.int64, device="cuda")
+        self.stream = kernels.embed_rows(self.tokens, self.table)
 
     def step(self, dependent: bool = False) -> None:
         with kernels.use(self.path):
-            logits = kernels.embed_rows(self.tokens, self.table) @ self.head.T
+            logits = self.stream @ self.head.T
             stats = kernels.tile_stats(logits, self.temperatures, dependent=dependent)
             kernels.choose_token(
                 logits, *stats, self.temperatures, self.seeds, self.positions, self.tokens, self.ring, self.steps,
-                dependent=dependent,
+                (self.table, self.stream), dependent=dependent,
             )  # fmt: skip
 
     def state(self) -> list[Tensor]:
         torch.cuda.synchronize()
-        return [value.cpu().clone() for value in (self.tokens, self.positions, self.ring, self.steps)]
+        return [value.cpu().clone() for value in (self.tokens, self.positions, self.ring, self.steps, self.stream)]
 
 
 def graph_of(decoder: Decoder, dependent: bool) -> torch.cuda.CUDAGraph:
     """Captured once the kernels are compiled; the step that compiled them is undone."""
-    tensors = (decoder.tokens, decoder.positions, decoder.ring, decoder.steps)
+    tensors = (decoder.tokens, decoder.positions, decoder.ring, decoder.steps, decoder.stream)
     before = [value.clone() for value in tensors]
     decoder.step(dependent)
     torch.cuda.synchronize()

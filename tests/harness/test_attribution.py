@@ -221,6 +221,14 @@ DECODE_ENDS = {
         [LINEAR, "tile_stats_kernel", "choose_token_kernel"],
         ["-1 head final_norm+lm_head", "-1 sample sample", "-1 sample sample"],
     ),
+    "a product, then all in one": (
+        [LINEAR, "draw_token_embed_kernel"],
+        ["-1 head final_norm+lm_head", "-1 sample sample+embed"],
+    ),
+    "the next step's embedding too": (
+        [LINEAR, "tile_stats_kernel", "choose_token_embed_kernel"],
+        ["-1 head final_norm+lm_head", "-1 sample sample", "-1 sample sample+embed"],
+    ),
     "cuBLAS": (
         [NORM, GEMM, "tile_stats_kernel", "choose_token_kernel"],
         ["-1 head final_norm", "-1 head lm_head", "-1 sample sample", "-1 sample sample"],
@@ -235,6 +243,18 @@ def test_decode_steps_of_fused(unit: list[str], ops: list[str], end: list[str], 
     layers, outside = found[1 : -len(end)], [found[0], *found[-len(end) :]]
     assert [place.split()[::2] for place in layers] == [[str(layer), op] for layer in range(3) for op in ops]
     assert outside == ["-1 embed embed", *end_places]
+
+
+@pytest.mark.parametrize("before", [[], ["Memcpy HtoD (Pinned -> Device)"]], ids=["nothing", "a copy"])
+def test_a_decode_step_that_was_embedded_by_the_one_before(before: list[str]) -> None:
+    """It begins with the first layer; block tables may go over first."""
+    unit, ops = DECODE_LAYERS["few rows"]
+    found = attribute([*before, *unit * 3, "decode_head_kernel", "choose_token_embed_kernel"], 3, True)
+    assert [s.op for s in found if s] == ["prepare"] * len(before) + [*ops * 3, "final_norm+lm_head", "sample+embed"]
+    normed = attribute(
+        [*before, NORM, *[TILED, ATTEND, TILED, TILED, TILED] * 3, *["decode_head_kernel", "_"]], 3, True
+    )
+    assert spelt(normed[len(before)]) == "0 attention input_norm"
 
 
 def test_a_sum_into_the_residual_stream_belongs_to_its_matrix_product() -> None:

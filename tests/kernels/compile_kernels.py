@@ -245,7 +245,7 @@ def decode_attention(
 
 
 def head_and_sample(rows: int, dtype: torch.dtype, tiles: PrefillLaunch | None = None, vocab: int = 1000) -> None:
-    """A decode step's ends: the tokens' embeddings, then head, sums and choice."""
+    """A decode step's ends: the tokens' embeddings, then head, sums and choice, with the next embeddings or without."""
     hidden = 1024
     table = torch.empty(vocab, hidden, dtype=dtype, device=META)
     tokens, steps, positions = (torch.empty(rows, dtype=torch.int32, device=META) for _ in range(3))
@@ -256,10 +256,14 @@ def head_and_sample(rows: int, dtype: torch.dtype, tiles: PrefillLaunch | None =
         x, norm_weight, table, 1e-6, temperatures, dependent=True, launch=HeadLaunch(tiles=tiles) if tiles else None
     )
     kernels.tile_stats(logits, temperatures, dependent=True)
-    kernels.choose_token(
-        logits, *stats, temperatures, torch.empty(rows, dtype=torch.int64, device=META), positions, tokens,
-        torch.empty(4, rows, dtype=torch.int32, device=META), steps, dependent=True,
-    )  # fmt: skip
+    seeds, ring = (
+        torch.empty(rows, dtype=torch.int64, device=META),
+        torch.empty(4, rows, dtype=torch.int32, device=META),
+    )
+    state = (temperatures, seeds, positions, tokens, ring, steps)
+    for embedding in (None, (table, x)):
+        kernels.choose_token(logits, *stats, *state, embedding, dependent=True)
+        kernels.draw_token(logits, *state, embedding, dependent=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ def test_rows_of_the_table(hidden, integers, dtype, device, randn):
     y = embed_rows(torch.tensor(tokens, dtype=integers, device=device), table)
     assert y.dtype == dtype
     assert torch.equal(y, torch.stack([table[token] for token in tokens]))
+    out = torch.full_like(y, torch.nan)
+    assert embed_rows(torch.tensor(tokens, dtype=integers, device=device), table, out=out) is out
+    assert torch.equal(out, y)
 
 
 def test_wrong_arguments(device, randn):
@@ -23,3 +26,5 @@ def test_wrong_arguments(device, randn):
         embed_rows(torch.zeros(1, dtype=torch.int32, device=device), table[0])
     with pytest.raises(ValueError, match="tokens must be int32 or int64"):
         embed_rows(torch.zeros(1, device=device), table)
+    with pytest.raises(ValueError, match=r"out must have shape \(1, 8\)"):
+        embed_rows(torch.zeros(1, dtype=torch.int32, device=device), table, out=table)
