@@ -14,8 +14,8 @@ elements), and a read of the logits (rows * vocab).
 Three ways. Two are for few rows (up to 16 or so). In one kernel, a program makes one tile: W x^T on tensor cores, all
 rows at once; W, which is most of a small model, streams through a pipelined loop, and its first columns are asked into
 the L2 before the wait. Or as a layer's product (`Launch.product`), whose programs hold W in registers and come nearer
-to the memory's rate, with `tile_stats` or `draw_token` after it. For more rows, the norm in a kernel and all the rest in another
-(`Launch.tiles`, kernels/decode_head_tiles.py).
+to the memory's rate, with `tile_stats` or `draw_token` after it. For more rows, the norm in a kernel and all the rest
+in another (`Launch.tiles`, kernels/decode_head_tiles.py).
 """
 
 from __future__ import annotations
@@ -174,10 +174,10 @@ def decode_head(
 ) -> Any:
     """(logits, tile_max, tile_sum) of the last layer's output; shapes as in this module's docstring.
 
-    `out`: where the logits go, contiguous; else to memory of their own. `leave_sums`: where the sums would take a kernel
-    of their own, there are none, for `draw_token`: (logits, None, None). `dependent`: launch dependently where the GPU
-    can; results are the same. `launch` overrides the measured choice for this GPU and the default. ValueError if the
-    arguments do not fit.
+    `out`: where the logits go, contiguous; else to memory of their own. `leave_sums`: where the sums would take a
+    kernel of their own, there are none, for `draw_token`: (logits, None, None). `dependent`: launch dependently where
+    the GPU can; results are the same. `launch` overrides the measured choice for this GPU and the default. ValueError
+    if the arguments do not fit.
     """
     check_float("x", x, 2)
     rows, k = x.shape
