@@ -243,7 +243,7 @@ class CausalAttention(nn.Module):
         if context.is_decode or context.cu_seqlens_k is None:
             return None
         (a,) = self._attention
-        longest = min(context.max_seqlen_q, len(q))
+        longest = min(context.max_seqlen_q, len(q), context.block_tables.shape[1] * a.kv_write.k_cache.shape[1])
         return best_causal_launch(a.heads, a.kv_heads, a.dim, len(q), longest, q.dtype, q.device)
 
     def forward(self, rotated: Rotated, positions: Tensor, context: StepContext) -> Tensor:
