@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels import choices, decode_linear, qk_norm_rope_cache
 from kernels._timing import checked, poisoned, relative_error, time_graph_us
 from kernels.decode_attention import decode_attention, reference, workspace
-from kernels.decode_attention_launch import Launch, candidates, default_launch, shape_key
+from kernels.decode_attention_launch import SHORT_ROWS, Launch, candidates, default_launch, shape_key
 
 LAYERS = 28
 CACHE_BYTES = 256 << 20
@@ -38,7 +38,7 @@ SHORT = (128, 256)
 TRIES = 5
 """How many of the fastest at short contexts are timed at long ones."""
 LONG_LOSS = 0.03
-"""What is slower by more than this share than the best of them there is no choice: one launch serves all lengths."""
+"""What is slower by more than this share than the best of them there is no choice for all lengths."""
 
 
 class Heads(NamedTuple):
@@ -206,24 +206,40 @@ def measure(
 
 @dataclass(frozen=True)
 class Found:
-    """What attention came to at some rows: launches, the best at short and long contexts together first; none of them
-    much slower than another at long ones. And FlashAttention 3 at short ones, if it is there."""
+    """What attention came to at some rows, under which keys.
+
+    timed: launches, the best at short and long contexts together first; none much slower than another at long ones
+    short: where short contexts may have a launch of their own, the fastest there
+    beside: FlashAttention 3 at short ones, if it is there
+    """
 
     rows: int
     key: str
     timed: list[Timed]
     beside: Timed | None
+    short_key: str = ""
+    short: Sequence[Timed] = ()
 
-    def choice(self, launch: Launch) -> dict[str, Any]:
-        """The entry of the table of choices."""
-        us = next(timed.chained_us for timed in self.timed if timed.launch == launch)
+    def launches(self) -> list[Any]:
+        """What a chain of short contexts may choose from, the best by itself first."""
+        return [timed.launch for timed in self.short or self.timed]
+
+    def entries(self, settled: Launch) -> dict[str, dict[str, Any]]:
+        """Of the table of choices, by their keys; `settled` is what the chain has chosen."""
+        if not self.short:
+            return {self.key: self._entry(settled, self.timed)}
+        general = {self.key: self._entry(self.timed[0].launch, self.timed)} if self.timed else {}
+        return general | {self.short_key: self._entry(settled, self.short)}
+
+    def _entry(self, launch: Launch | str, among: Sequence[Timed]) -> dict[str, Any]:
+        us = next(timed.chained_us for timed in among if timed.launch == launch)
         beside = {"flash_attention_us": round(self.beside.chained_us, 2)} if self.beside else {}
         return {"launch": choices.fields_of(launch), "us": round(us, 2), **beside}
 
 
 def time_attention(device: torch.device, heads: Heads, rows: int) -> Found:
     """All candidates at short contexts, the best of them at long ones too."""
-    long = (1024, 2048) if rows <= 64 else (512, 768)
+    long = (1024, 2048) if rows <= SHORT_ROWS else (512, 768)
     found = measure(device, rows, SHORT, candidates(rows, *heads, MAX_CONTEXT), heads)
     beside = next((t for t in found if isinstance(t.launch, str)), None)
     tried = [t.launch for t in found if isinstance(t.launch, Launch)][:TRIES]
@@ -242,7 +258,11 @@ def time_attention(device: torch.device, heads: Heads, rows: int) -> Found:
             + (f"; {beside.launch} {beside.chained_us:.2f}, {beside.alone_us:.2f}" if beside else ""),
             flush=True,
         )
-    return Found(rows, shape_key(rows, *heads), kept, beside)
+    found_here = Found(rows, shape_key(rows, *heads), kept, beside)
+    if rows > SHORT_ROWS:
+        return found_here
+    short = [t for t in found if isinstance(t.launch, Launch)][:TRIES]
+    return replace(found_here, short_key=shape_key(rows, *heads, short=True), short=short)
 
 
 def main() -> None:

@@ -22,6 +22,10 @@ STREAMS = (
     (64, 2, 3, False), (128, 4, 5, False),
 )  # fmt: skip
 """block_n, num_warps, num_stages and held of streams worth measuring; the first two also for the fewest rows."""
+SHORT_CONTEXT = 512
+"""Tokens: where no context is longer, another launch may be the fastest, whatever it takes at long ones."""
+SHORT_ROWS = 64
+"""Of up to so many rows. With more, each program has a row's whole context anyway, short or long."""
 MERGED_ELEMENTS = 64
 """Elements of all parts that a thread of the merging program holds in registers at most."""
 
@@ -157,16 +161,30 @@ def candidates(
     return list(dict.fromkeys(found))
 
 
-def shape_key(rows: int, heads: int, kv_heads: int, head_dim: int) -> str:
-    """Under which a measured choice is kept: rows to the next power of two, and the heads."""
-    return f"{heads}/{kv_heads}x{head_dim} rows {1 << (rows - 1).bit_length()}"
+def shape_key(rows: int, heads: int, kv_heads: int, head_dim: int, short: bool = False) -> str:
+    """Under which a measured choice is kept: rows to the next power of two, the heads, and if contexts are short."""
+    return f"{heads}/{kv_heads}x{head_dim} rows {1 << (rows - 1).bit_length()}{' short' if short else ''}"
 
 
 def best_launch(
     rows: int, heads: int, kv_heads: int, head_dim: int, max_context: int, element_bytes: int, device: torch.device
 ) -> Launch:
     """The launch measured fastest on this GPU, else the default."""
-    choice = chosen("decode_attention", shape_key(rows, heads, kv_heads, head_dim), device)
-    if choice is None or element_bytes != 2:
-        return default_launch(rows, heads, kv_heads, head_dim, max_context, element_bytes)
-    return launch_of(Launch, choice["launch"], device)
+    shape = rows, heads, kv_heads, head_dim
+    choice = None
+    if element_bytes == 2:
+        short = _measured(*shape, True, device) if max_context <= SHORT_CONTEXT else None
+        choice = short or _measured(*shape, False, device)
+    return choice or default_launch(*shape, max_context, element_bytes)
+
+
+def most_short_rows(heads: int, kv_heads: int, head_dim: int, element_bytes: int, device: torch.device) -> int:
+    """Up to how many rows short contexts have a launch of their own on this GPU; 0: none has."""
+    counts = (1 << power for power in range(SHORT_ROWS.bit_length()))
+    found = [rows for rows in counts if _measured(rows, heads, kv_heads, head_dim, True, device)]
+    return max(found, default=0) if element_bytes == 2 else 0
+
+
+def _measured(rows: int, heads: int, kv_heads: int, head_dim: int, short: bool, device: torch.device) -> Launch | None:
+    entry = chosen("decode_attention", shape_key(rows, heads, kv_heads, head_dim, short), device)
+    return None if entry is None else launch_of(Launch, entry["launch"], device)

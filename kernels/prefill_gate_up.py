@@ -22,8 +22,6 @@ from kernels._fusion import Fusion
 from kernels._triton import INTERPRETED, runs_triton, tl, triton
 from kernels.prefill_linear import (
     Launch,
-    ask_ahead,
-    asked_rows,
     best_launch,
     can_describe,
     default_launch,
@@ -93,14 +91,12 @@ def _gate_up_tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def prefill_gate_up_kernel(
-    x, weight, y, asked, rows, inter, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PIECES: tl.constexpr, ASKED: tl.constexpr, DESCRIBED: tl.constexpr,
-    PERSISTENT: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, weight, y, rows, inter, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, PIECES: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, or every so-many-th; x, weight and y are descriptors or pointers, `asked` points to weight."""
+    """One tile of y, or every so-many-th; x, weight and y are descriptors or pointers."""
     let_next_start(DEPENDENT)
-    if ASKED > 0:
-        ask_ahead(asked, 2 * inter, K, ASKED)
     wait_for_previous(DEPENDENT)
     row_blocks = tl.cdiv(rows, BLOCK_M)
     column_blocks = tl.cdiv(inter, BLOCK_N)
@@ -148,12 +144,10 @@ def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None, dep
             described(y, (launch.block_m, launch.block_n // launch.pieces)),
         )
     depends = dependent and can_depend(x.device)
-    count = programs(launch, tiles, x.device)
-    prefill_gate_up_kernel[(count,)](
-        *operands, weight, rows, inter,
+    prefill_gate_up_kernel[(programs(launch, tiles, x.device),)](
+        *operands, rows, inter,
         K=hidden, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-        PIECES=launch.pieces, ASKED=asked_rows(launch, weight, count, depends), DESCRIBED=describes,
-        PERSISTENT=launch.per_sm > 0, DEPENDENT=depends,
+        PIECES=launch.pieces, DESCRIBED=describes, PERSISTENT=launch.per_sm > 0, DEPENDENT=depends,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
         **({"launch_pdl": True} if depends else {}),
     )  # fmt: skip

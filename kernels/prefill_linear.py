@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._dependent import ask_into_l2, can_depend
+from kernels._dependent import can_depend
 from kernels._dot import dot
 from kernels._triton import HAVE_TRITON, INTERPRETED, tl, triton
 from kernels.choices import chosen, launch_of
@@ -46,7 +46,6 @@ class Launch:
     group_m: so many blocks of rows go through the columns together, for the L2
     per_sm: programs per multiprocessor that go from tile to tile; 0: a program for each tile
     pieces: in so many pieces of columns a tile is written, one after the other through the same shared memory
-    ahead: before they wait for the kernel before, the programs ask all of W into the L2, each a part
     """
 
     block_m: int
@@ -57,16 +56,6 @@ class Launch:
     group_m: int = 8
     per_sm: int = 1
     pieces: int = 1
-    ahead: bool = False
-
-
-@triton.jit
-def ask_ahead(weight, rows, K: tl.constexpr, ROWS: tl.constexpr):
-    """This program's part of `weight` [rows, K] into the L2; ROWS: a power of two, of a part at least."""
-    part = tl.cdiv(rows, tl.num_programs(0))
-    row = tl.program_id(0) * part + tl.minimum(tl.arange(0, ROWS), part - 1)
-    row = tl.minimum(row, rows - 1).to(tl.int64)
-    ask_into_l2(weight + row * K, K * weight.dtype.element_ty.itemsize)
 
 
 @triton.jit
@@ -154,13 +143,6 @@ def described(tensor: Tensor, block: tuple[int, int], parts: int = 0) -> Any:
 def programs(launch: Launch, tiles: int, device: torch.device) -> int:
     """Of a launch, for so many tiles."""
     return min(tiles, launch.per_sm * _multiprocessors(device)) if launch.per_sm else tiles
-
-
-def asked_rows(launch: Launch, weight: Tensor, programs: int, depends: bool) -> int:
-    """Rows of `weight` that each program asks for ahead, as a power of two; 0: none."""
-    if not (launch.ahead and depends) or weight.shape[1] * weight.element_size() % DESCRIPTOR_ALIGNMENT:
-        return 0
-    return int(triton.next_power_of_2(-(-weight.shape[0] // programs)))
 
 
 @lru_cache

@@ -31,8 +31,6 @@ from kernels._fusion import Fusion
 from kernels._triton import runs_triton, tl, triton
 from kernels.prefill_linear import (
     Launch,
-    ask_ahead,
-    asked_rows,
     best_launch,
     can_describe,
     default_launch,
@@ -124,15 +122,13 @@ def _qkv_tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def prefill_qkv_rope_kernel(
-    x, weight, asked, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, v_out,
-    rows, eps, K: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, ASKED: tl.constexpr, DESCRIBED: tl.constexpr,
+    x, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q_out, k_out, v_out, rows,
+    eps, K: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DESCRIBED: tl.constexpr,
     PERSISTENT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile, or every so-many-th; x and weight are descriptors or pointers, `asked` points to weight."""
+    """One tile, or every so-many-th; x and weight are descriptors or pointers."""
     let_next_start(DEPENDENT)
-    if ASKED > 0:
-        ask_ahead(asked, (HEADS + 2 * KV_HEADS) * D, K, ASKED)
     wait_for_previous(DEPENDENT)
     row_blocks = tl.cdiv(rows, BLOCK_M)
     head_blocks: tl.constexpr = (HEADS + 2 * KV_HEADS) // BLOCK_H
@@ -226,13 +222,11 @@ def prefill_qkv_rope(
             )
         tiles = -(-rows // launch.block_m) * (weight.shape[0] // launch.block_n)
         depends = dependent and can_depend(x.device)
-        count = programs(launch, tiles, x.device)
-        prefill_qkv_rope_kernel[(count,)](
-            *operands, weight, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, v,
-            rows, eps, K=hidden, HEADS=num_heads, KV_HEADS=num_kv_heads, D=head_dim, BLOCK_M=launch.block_m,
-            BLOCK_H=launch.block_n // head_dim, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-            ASKED=asked_rows(launch, weight, count, depends), DESCRIBED=describes, PERSISTENT=launch.per_sm > 0,
-            DEPENDENT=depends, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        prefill_qkv_rope_kernel[(programs(launch, tiles, x.device),)](
+            *operands, bias, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, v, rows, eps,
+            K=hidden, HEADS=num_heads, KV_HEADS=num_kv_heads, D=head_dim, BLOCK_M=launch.block_m,
+            BLOCK_H=launch.block_n // head_dim, BLOCK_K=launch.block_k, GROUP_M=launch.group_m, DESCRIBED=describes,
+            PERSISTENT=launch.per_sm > 0, DEPENDENT=depends, num_warps=launch.num_warps, num_stages=launch.num_stages,
             **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     return q if k is None or v is None else (q, k, v)

@@ -9,7 +9,8 @@ median of some replays. cuBLAS with separate norm and activation runs beside the
 choice says so. The tiled kernel takes its norm half made from the product before, so such pairs are chosen together.
 
 Attention is timed between the projections before and after it, whose time is taken off again, at short and at long
-contexts: one launch serves all lengths, and what is far behind at long ones is no choice.
+contexts: one launch serves all lengths, and what is far behind at long ones is no choice for it. Of few rows, steps in
+which all contexts are short have another.
 
 The head is timed with the sampler's sums: of more than 16 rows that is a kernel behind a norm, or norm, cuBLAS and
 `tile_stats`.
@@ -124,7 +125,7 @@ class Tuner:
 
     def _attention_launches(self, count: int) -> list[Any]:
         """Launches of attention that may be chosen, the best by itself first; none where it is not measured."""
-        return [timed.launch for timed in self.attention[count].timed] if count in self.attention else []
+        return self.attention[count].launches() if count in self.attention else []
 
     def _apart(self, count: int) -> list[Job]:
         """What the chain will want besides the candidates: tiled products with their norms apart."""
@@ -143,7 +144,7 @@ class Tuner:
         if "attention" in start:
             tried["attention"] = self._attention_launches(count)
         else:
-            start = {**start, "attention": best_attention(count, *heads, MAX_CONTEXT, 2, self.device)}
+            start = {**start, "attention": best_attention(count, *heads, SHORT[1], 2, self.device)}
         head = self.head if "head" in tried else None
         if head:
             head.prepare(count)
@@ -165,8 +166,7 @@ class Tuner:
             kernel = "decode_head" if name == "head" else "decode_linear"
             self.table[kernel][result.key] = result.choice(launches[name], self._apart_us(count, name, launches))
         if self._attention_launches(count):
-            found = self.attention[count]
-            self.table["decode_attention"][found.key] = found.choice(launches["attention"])
+            self.table["decode_attention"] |= self.attention[count].entries(launches["attention"])
 
     def _apart_us(self, count: int, name: str, launches: Launches) -> float | None:
         """Of a tiled product whose norm is not made in halves: candidates were timed as if it were."""

@@ -12,6 +12,7 @@ from engines.fused.prefill_graphs import PrefillGraphs
 from engines.fused.state import DecodeState
 from engines.nano.graphs import DecodeGraphs
 from engines.nano.models import Decoder
+from kernels.decode_attention_launch import SHORT_CONTEXT
 
 
 class DecodeStep:
@@ -58,6 +59,13 @@ class DecodeStep:
 
 
 class Graphs(DecodeGraphs):
-    """nano's, of another step, and those of prefill in the same memory."""
+    """nano's, of another step; those of prefill in the same memory; and perhaps others of steps with short contexts."""
 
     prefill: PrefillGraphs | None = None
+    short: DecodeGraphs | None = None
+
+    def replay_step(self, rows: int, longest: int) -> Tensor:
+        """Run the step of contexts of at most `longest` tokens; its output, until the next replay."""
+        if self.short is not None and rows <= self.short.largest and longest <= SHORT_CONTEXT:
+            return self.short.replay(rows)
+        return self.replay(rows)

@@ -16,10 +16,12 @@ from engines.fused.layers import FusedLayer
 from engines.fused.prefill import HostInputs
 from engines.fused.prefill_graphs import FEW_TOKENS, MAX_SEQUENCES, Padded, PrefillBuffers, PrefillGraphs, token_sizes
 from engines.fused.state import DecodeState, Flight, Rows
+from engines.nano.graphs import DecodeGraphs
 from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
 from engines.nano.model_runner import ModelRunner
 from engines.nano.sequence import Sequence
 from kernels.decode_attention import workspace
+from kernels.decode_attention_launch import SHORT_CONTEXT, most_short_rows
 
 
 class FusedRunner(ModelRunner):
@@ -84,7 +86,7 @@ class FusedRunner(ModelRunner):
 
     def _decode(self, rows: int, longest: int) -> Tensor:
         if self.graphs is not None and rows <= self.graphs.largest:
-            return self.graphs.replay(rows)
+            return self.graphs.replay_step(rows, longest)
         if "dependent" in self.features:
             self.state.embed()  # the same once more, but launched in the ordinary way: it keeps two steps apart
         return self.step(rows, longest)
@@ -140,6 +142,12 @@ class FusedRunner(ModelRunner):
 
     def _capture(self) -> Graphs:
         graphs = Graphs(lambda rows: self.step(rows, self.max_model_len), self.state.clear, self.config.max_num_seqs)
+        c = self.model_config
+        short = most_short_rows(c.num_heads, c.num_kv_heads, c.head_dim, self.state.stream.element_size(), self.device)
+        if "attention" in self.features and short and self.max_model_len > SHORT_CONTEXT:
+            graphs.short = DecodeGraphs(
+                lambda rows: self.step(rows, SHORT_CONTEXT), self.state.clear, min(short, graphs.largest), graphs.pool
+            )
         if "prefill_graphs" in self.features and not self.watched:
             # A step of one token alone is no prefill to attention: it is padded.
             tokens = token_sizes(max(2, self.config.max_num_batched_tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch
 import kernels
 from engines.base import Request, SamplingParams
 from engines.fused import LLM
+from engines.fused.decode import Graphs
 from engines.fused.features import fallbacks
 from engines.fused.state import STAGES, DecodeState, Flight
 from engines.nano.sequence import Sequence
+from kernels.decode_attention_launch import SHORT_CONTEXT
 from tests.engines import reference
 
 LENGTHS = (3, 17, 40)
@@ -237,6 +240,18 @@ def test_every_step_starts_from_the_embeddings_of_its_tokens(prompts):
     llm.runner._decode = checked
     assert tokens_of(llm, requests) == alone
     assert llm.notes["preemptions"] > 0 and set(seen) == {1, 2, 3}
+
+
+def test_steps_of_short_contexts_may_have_graphs_of_their_own():
+    """By rows and by the longest context; without them, all steps are the others'."""
+    replay = lambda kind, largest: SimpleNamespace(largest=largest, replay=lambda rows: (kind, rows))  # noqa: E731
+    graphs = object.__new__(Graphs)
+    graphs.replay = replay("any", 64).replay
+    assert graphs.replay_step(3, 10) == ("any", 3)
+    graphs.short = replay("short", 8)
+    assert graphs.replay_step(8, SHORT_CONTEXT) == ("short", 8)
+    assert graphs.replay_step(9, SHORT_CONTEXT) == ("any", 9)
+    assert graphs.replay_step(1, SHORT_CONTEXT + 1) == ("any", 1)
 
 
 def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:

@@ -1,6 +1,7 @@
 """decode_attention against float64: every path of the launch, the cache afterwards, what must stay unread."""
 
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ from torch import Tensor
 
 from kernels import FUSIONS, decode_attention
 from kernels.decode_attention import workspace
-from kernels.decode_attention_launch import PART_ROWS, Launch, candidates, default_launch
+from kernels.decode_attention_launch import (
+    PART_ROWS,
+    SHORT_CONTEXT,
+    Launch,
+    best_launch,
+    candidates,
+    default_launch,
+    most_short_rows,
+)
+
+launches = sys.modules["kernels.decode_attention_launch"]
 
 EMPTY = torch.empty
 EPS = 1e-6
@@ -289,3 +300,18 @@ def test_dependent_launches_of_a_graph(launch, make_case, device, monkeypatch):
         graph.replay()
         assert torch.equal(out, expected)
         assert not space.counters.any()
+
+
+def test_short_contexts_may_have_a_launch_of_their_own(monkeypatch):
+    general, short = Launch(64, 1, 256, 4, True, 3), Launch(32, 2, 128, 2, True, 3)
+    measured = {"16/8x128 rows 32": general, "16/8x128 rows 32 short": short, "16/8x128 rows 128": general}
+    entries = {key: {"launch": asdict(launch)} for key, launch in measured.items()}
+    monkeypatch.setattr(launches, "chosen", lambda kernel, key, device: entries.get(key))
+    shape, device = (16, 8, 128), torch.device("cpu")
+    assert best_launch(32, *shape, SHORT_CONTEXT, 2, device) == best_launch(17, *shape, 130, 2, device) == short
+    assert best_launch(32, *shape, SHORT_CONTEXT + 1, 2, device) == general
+    assert best_launch(128, *shape, 130, 2, device) == general  # where short ones were not measured
+    assert best_launch(8, *shape, 130, 2, device) == default_launch(8, *shape, 130, 2)
+    assert best_launch(32, *shape, 130, 4, device) == default_launch(32, *shape, 130, 4)
+    assert most_short_rows(*shape, 2, device) == 32
+    assert most_short_rows(*shape, 4, device) == most_short_rows(8, 8, 128, 2, device) == 0

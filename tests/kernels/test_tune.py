@@ -263,7 +263,9 @@ def test_the_whole_tuner(made_up, gpu, monkeypatch, capsys, ops):
     assert set(table["decode_linear"]) == {
         shape_key(rows, op.out, op.k, op.gated) for op in TINY.ops() if op.name in names for rows in (16, 40)
     }
-    assert len(table["decode_attention"]) == (2 if "attention" in names else 0)
+    kinds = ["", " short"] if "attention" in names else []
+    assert set(table["decode_attention"]) == {f"4/2x16 rows {rows}{kind}" for rows in (16, 64) for kind in kinds}
+    assert all(entry["launch"]["block_n"] == 16 for entry in table["decode_attention"].values())
     assert len(table.get("prefill_gate_up", {})) == len(table.get("causal_attention", {})) == ("prefill" in names)
     heads = {rows: best_head(rows, TINY.vocab, TINY.hidden, 2, gpu) for rows in (16, 40) if "head" in names}
     assert set(table["decode_head"]) == {head_key(rows, TINY.vocab, TINY.hidden) for rows in heads}
