@@ -26,7 +26,7 @@ from harness.report.data import Data, Shape
 from harness.report.plots import by_itself, inline
 from scripts.tables import studies
 from scripts.tables.comparison import COMPARISON
-from scripts.tables.sources import REFERENCE, runs
+from scripts.tables.sources import REFERENCE, runs, runs_of_all_models
 
 IMAGES = ROOT / "docs" / "images"
 ENGINES = ("vllm", "nano", "fused")
@@ -57,7 +57,7 @@ def feature_costs() -> Figure:
 
 def op_study() -> Figure:
     """RMSNorm and the linear layer after it over rows, all products of the study."""
-    data = Data.read(*of_reference(lambda run: run.get("study")))
+    data = Data.read(*op_studies())
     weights = ops.medians(data).groupby(ops.KEYS)
     of = {run["run_id"]: run for run in data.runs.runs}
     return ops.drawn(
@@ -71,23 +71,28 @@ def op_study() -> Figure:
 
 def latency_over_rate() -> Figure:
     """Requests that arrive over time."""
-    data = Data.read(*of_reference(lambda run: run.get("serving")))
+    data = Data.read(*arrivals())
     [setting] = data.settings
     return serving.curves([(entry, entry.run["serving"]) for entry in setting.entries])
 
 
-def of_reference(wanted: Callable[[dict], object]) -> list[Path]:
-    """Folders of the committed runs of which `wanted` is true."""
-    return [Path(run["run_dir"]) for run in runs(REFERENCE).runs if wanted(run)]
+def op_studies() -> list[Path]:
+    """Folders of the committed op studies, which may be of the shapes of several models."""
+    return [Path(run["run_dir"]) for run in runs_of_all_models(REFERENCE).runs if run.get("study")]
+
+
+def arrivals() -> list[Path]:
+    """Folders of the committed runs in which requests arrive over time."""
+    return [Path(run["run_dir"]) for run in runs(REFERENCE).runs if run.get("serving")]
 
 
 PLOTS: dict[str, Callable[[], Figure]] = {"time-per-token": time_per_token, "time-per-layer": time_per_layer}
 # Those of runs that may not be there yet; tables of the same runs name them.
 if studies.comparisons(ROOT / REFERENCE, studies.WITHOUT):
     PLOTS["ablation"] = feature_costs
-if of_reference(lambda run: run.get("study")):
+if op_studies():
     PLOTS["op-study"] = op_study
-if of_reference(lambda run: run.get("serving")):
+if arrivals():
     PLOTS["serving"] = latency_over_rate
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from harness.compare.comparison import read
 from harness.compare.contestants import folder_name
-from harness.compare.ratios import MIN_LAUNCHES
-from harness.compare.table import Cell, Row
+from harness.compare.ratios import MIN_LAUNCHES, Ratio
+from harness.compare.table import Cell, Row, rows
+from harness.results import COMPARISON_FILE, load
 from scripts.tables.registry import markdown, table
-from scripts.tables.sources import REFERENCE, ROOT, run_of_folder
+from scripts.tables.sources import MODEL, REFERENCE, ROOT, run_of_folder
+from scripts.tables.studies import machine
 
 COMPARISON = f"{REFERENCE}/compare-qwen3-0.6b-full-nano-fused-vllm"
 
@@ -19,6 +22,7 @@ VLLM = "vllm"
 SERVE_ARM = "serve_arm"
 DEFAULT_ARM = "default"
 FASTEST = "vllm, its fastest arm"
+OURS, BASELINE = "fused", "nano"
 
 
 @table("comparison")
@@ -32,8 +36,8 @@ def comparison(folder: str = COMPARISON) -> str:
     measured = [label for label in settings["engines"] if any(row.cells[label].spread for row in found)]
     arms = {label: arm for label in measured if (arm := vllm_arm(label))}
     columns = _columns(measured, arms)
-    heads = [label if label in arms else label.split(":limits.")[0] for label in columns]
-    rows = [[row.name, *(_shown(row, labels, arms) for labels in columns.values())] for row in found]
+    heads = [label if label in arms else _plain(label) for label in columns]
+    body = [[row.name, *(_shown(row, labels, arms) for labels in columns.values())] for row in found]
     baseline = settings["baseline"]
     run = run_of_folder(ROOT / folder, baseline.partition(":")[0])
     versions = run["provenance"]["versions"]
@@ -48,7 +52,7 @@ def comparison(folder: str = COMPARISON) -> str:
     )
     out = [f"{label} took no part: {reason}" for label, reason in reasons.items() if label not in measured]
     out += [f"{label} left before the end: {reason}" for label, reason in reasons.items() if label in measured]
-    return "\n\n".join([markdown([f"{settings['model']['name']}", *heads], rows, left=1), source, *out])
+    return "\n\n".join([markdown([f"{settings['model']['name']}", *heads], body, left=1), source, *out])
 
 
 def _caches(folder: Path, labels: list[str]) -> str:
@@ -58,7 +62,7 @@ def _caches(folder: Path, labels: list[str]) -> str:
         run = folder / "launch-0" / folder_name(label) / "run.json"
         if run.is_file() and (capacity := json.loads(run.read_text()).get("capacity")):
             tokens[label] = capacity["kv_cache_tokens"]
-    told = [f"{label.split(':limits.')[0]} {held:,}" for label, held in tokens.items()]
+    told = [f"{_plain(label)} {held:,}" for label, held in tokens.items()]
     return f"Tokens in the cache: {', '.join(told)}. " if told else ""
 
 
@@ -96,11 +100,71 @@ def _shown(row: Row, labels: list[str], arms: dict[str, str]) -> str:
 def _cell(row: Row, cell: Cell) -> str:
     if cell.spread is None:
         return cell.reason
+    text = _spread(row, cell)
+    return text if cell.ratio is None else f"{text}, {_ratio(cell.ratio)}"
+
+
+def _spread(row: Row, cell: Cell) -> str:
+    """The median with the range of the rounds, or why there is none."""
+    if cell.spread is None:
+        return cell.reason
     digits = 0 if row.higher_is_better else 2
     s = cell.spread
-    text = f"{s.median:,.{digits}f} ({s.lowest:,.{digits}f} to {s.highest:,.{digits}f})"
-    if cell.ratio is None:
-        return text
-    if cell.ratio.pairs == 1:
-        return f"{text}, {cell.ratio.value:.2f}× (one pair)"
-    return f"{text}, {cell.ratio.value:.2f}× ({cell.ratio.low:.2f} to {cell.ratio.high:.2f})"
+    return f"{s.median:,.{digits}f} ({s.lowest:,.{digits}f} to {s.highest:,.{digits}f})"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "–"
+    interval = "one pair" if ratio.pairs == 1 else f"{ratio.low:.2f} to {ratio.high:.2f}"
+    return f"{ratio.value:.2f}× ({interval})"
+
+
+@table("models")
+def models(folder: str = REFERENCE) -> str:
+    """Comparisons of other models than `MODEL`: a row for each model and item, medians and `fused` over nano."""
+    found = of_other_models(ROOT / folder)
+    if not found:
+        return "Not measured yet (`scripts/reference_runs.sh models`)."
+    shown = list(dict.fromkeys(_plain(label) for _, record in found for label in record["settings"]["engines"]))
+    body, sources, notes, within = [], [], [], ""
+    for path, record in found:
+        settings, reasons = record["settings"], record.get("reasons", {})
+        label_of = {_plain(label): label for label in settings["engines"]}
+        name = settings["model"]["name"]
+        # Whoever the comparison's own ratios refer to.
+        for row in rows(load(path), settings["engines"], label_of.get(BASELINE, ""), reasons):
+            cells = {short: row.cells[label] for short, label in label_of.items()}
+            ratio = _ratio(cells[OURS].ratio) if OURS in cells else "–"
+            body.append([name, row.name, *(_spread(row, cells[s]) if s in cells else "–" for s in shown), ratio])
+        run = run_of_folder(path, settings["baseline"].partition(":")[0])
+        within = within or " within these processes" * (record["launches"] < MIN_LAUNCHES)
+        sources.append(
+            f"{name}: one {machine(run)}, {run['dtype']}, {run['weights']['source']} weights, "
+            f"{settings['rounds']} rounds, launched {record['launches']} time(s). "
+            f"{_caches(path, settings['engines'])}Runs: `{folder}/{path.name}`."
+        )
+        notes += [f"{name}: {label} left before the end, or took no part: {why}" for label, why in reasons.items()]
+    said = (
+        f"Medians over rounds in ABBA order, with their range; {OURS} / {BASELINE}: geometric means of rounds that ran "
+        f"next to each other, with their 95 % interval{within}. TPOT: a call's time less that of one "
+        "with a single token of output, over the tokens beyond the first."
+    )
+    head = ["model", "work", *shown, f"{OURS} / {BASELINE}"]
+    return "\n\n".join([markdown(head, body, left=2), " ".join([said, *sources]), *notes])
+
+
+def of_other_models(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Folders and records of comparisons of several engines on another model than `MODEL`."""
+    records = [(path.parent, json.loads(path.read_text())) for path in sorted(folder.glob(f"*/{COMPARISON_FILE}"))]
+    return [
+        (path, record)
+        for path, record in records
+        if record["settings"]["model"]["name"] != MODEL
+        and len({label.partition(":")[0] for label in record["settings"]["engines"]}) > 1
+    ]
+
+
+def _plain(label: str) -> str:
+    """A contestant without limits of its own."""
+    return label.split(":limits.")[0]

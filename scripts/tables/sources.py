@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from harness.roofline.costs import Shapes as Model
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "results/reference/h200"
-MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen2.5-1.5b", "llama-3.2-1b")
+MODEL = "qwen3-0.6b"
+"""Which the documents are about; of others there are comparisons, in tables of their own."""
+MODELS = (MODEL, "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen2.5-1.5b", "llama-3.2-1b")
 """The published models of conf/model, in the order of the tables."""
 
 GPU = "H200's datasheet: 4.8 TB/s, 989 TFLOP/s dense bfloat16"
@@ -38,9 +41,19 @@ def model(name: str) -> Model:
 
 
 @cache
-def runs(folder: str) -> Runs:
+def runs_of_all_models(folder: str) -> Runs:
     """The committed runs below `folder`, a path relative to the repository or absolute."""
     return load(ROOT / folder)
+
+
+@cache
+def runs(folder: str) -> Runs:
+    """The committed runs of `MODEL` below `folder`; their frames hold all.
+
+    Tables choose a run by engine and workload, which one of another model may share.
+    """
+    found = runs_of_all_models(folder)
+    return replace(found, runs=[run for run in found.runs if run["model"] == MODEL])
 
 
 def run_of(found: Runs, engine: str, workload: str = "latency") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from harness.ops.table import crossovers
 from harness.report.labels import labels
 from harness.results import COMPARISON_FILE
 from scripts.tables.registry import markdown, table
-from scripts.tables.sources import REFERENCE, ROOT, run_of_folder, runs
+from scripts.tables.sources import REFERENCE, ROOT, run_of_folder, runs, runs_of_all_models
 
 WITHOUT, ALONE = "ablation-without", "ablation-alone"
 VERDICTS = {"faster": "wins", "slower": "loses", "even": "even"}
@@ -99,7 +99,7 @@ def _change(cell: Cell) -> str:
 def op_study(folder: str = REFERENCE) -> str:
     """Medians of each variant over the number of rows, the best fused over the best unfused one, and in a sentence
     where fusing wins and where it loses; for each product."""
-    found = [run for run in runs(folder).runs if run.get("study")]
+    found = [run for run in runs_of_all_models(folder).runs if run.get("study")]
     if not found:
         return "Not measured yet (`scripts/reference_checks.sh ops`)."
     parts = [picture("op-study", "Time of one call over its rows, each variant against the unfused one")]

@@ -17,6 +17,7 @@ from harness.report import ablation, ops
 from harness.report.data import Data
 from harness.results import RunWriter
 from scripts.tables import studies
+from scripts.tables.sources import MODEL
 from tests.harness.report_runs import record, write
 
 EVERY = tuple(FEATURES)
@@ -148,12 +149,16 @@ def test_arrivals_stand_by_rate_and_energy_by_step(tmp_path: Path) -> None:
         rates = [served | {"rate": 20.0 * (1 + (engine == "nano"))}]
         energy = {"status": "The counter does not move."} if engine == "nano" else spent
         shapes = [shape | {"energy": energy}, shape | {"tokens": 256, "energy": energy | {"idle_w": 104.6}}]
-        write(tmp_path / engine, record(engine, serving=rates, config=config, shapes=shapes))
+        for model in (MODEL, "another"):
+            run = record(engine, model=model, serving=rates, config=config, shapes=shapes)
+            write(tmp_path / f"{engine}-{model}", run)
     table = studies.serving(str(tmp_path))
     row = "1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 6.0 | 1,234 | 50% | grows |"
     assert table.index(f"| 20 | fused | {row}") < table.index(f"| 40 | nano | {row}")
     assert "TTFT up to 200 ms. Where" in table
-    assert "| decode, batch 8, context 128 | 12.50 (25%) | The counter does not move. |" in studies.energy(
-        str(tmp_path)
-    )
+    assert table.count("| 20 | fused") == 1 and f", {MODEL}, " in table and "another" not in table
+    assert studies.energy(str(tmp_path)).splitlines()[:3] == [
+        "| step | fused | nano |", "|---|---:|---:|",
+        "| decode, batch 8, context 128 | 12.50 (25%) | The counter does not move. |",
+    ]  # fmt: skip
     assert "less the 70 to 105 W" in studies.energy(str(tmp_path))

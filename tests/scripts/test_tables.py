@@ -1,6 +1,8 @@
 """What the tables' functions compute, on cases small enough to do by hand."""
 
 import json
+import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from scripts.tables import (
     traces,
     verification,
 )
-from scripts.tables.sources import MODELS, Model, floor_us, model, runs
+from scripts.tables.registry import TABLES, made
+from scripts.tables.sources import MODELS, REFERENCE, ROOT, Model, floor_us, model, runs
 
 # 3 query heads on 1 key/value head of 4; qkv rows (3 + 2) × 4 = 20
 SMALL = Model(hidden_size=8, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=4, intermediate_size=10, vocab_size=50)
@@ -559,9 +562,8 @@ def _compared(folder: Path, blocks_of: dict[str, list[dict[str, Any]]], launches
             writer.flush()
             provenance = {"gpu": {"name": "Toy"}, "versions": {"torch": "1", "triton": "2"}}
             engine = label.partition(":")[0]
-            writer.write_run(
-                {"engine": engine, "dtype": "float16", "weights": {"source": "local"}, "provenance": provenance}
-            )
+            ran = {"engine": engine, "model": settings.get("model", {"name": "small"})["name"], "device": "cuda"}
+            writer.write_run(ran | {"dtype": "float16", "weights": {"source": "local"}, "provenance": provenance})
     shared = {"engines": list(blocks_of), "baseline": next(iter(blocks_of)), "rounds": 2, "model": {"name": "small"}}
     reasons = settings.pop("reasons", {})
     record = {"settings": shared | settings, "reasons": reasons, "launches": launches}
@@ -633,6 +635,69 @@ def test_a_comparison_tells_limits_by_the_caches_that_they_gave(tmp_path: Path) 
     assert "Tokens in the cache: nano 12,345, fused 678." in made
 
 
+def test_other_models_by_hand(tmp_path: Path) -> None:
+    assert comparison.models(str(tmp_path)) == "Not measured yet (`scripts/reference_runs.sh models`)."
+    prefill = {"metric": "generate_ms", "phase": "prefill", "batch_size": 1, "tokens": 1024, "output_len": 1}
+    times = {"nano": [2.0, 4.0], "fused:limits.kv_cache_tokens=8": [1.0, 1.0]}
+    big = {
+        label: [_block(label, n, ms) for n, ms in enumerate(of)]
+        + [_block(label, n, 10 * ms, **prefill, started_s=10.0 + n) for n, ms in enumerate(of[:1])]
+        for label, of in times.items()
+    }
+    # Ratios there refer to fused.
+    wide = {label: [_block(label, n, ms) for n in range(2)] for label, ms in (("fused", 3.0), ("hf", 9.0), ("nano", 4))}
+    _compared(tmp_path / "compare-big", big, model={"name": "big"})
+    _compared(tmp_path / "compare-wide", wide, model={"name": "wide"}, reasons={"hf": "it was slow"}, launches=3)
+    _compared(tmp_path / "compare-ours", wide, model={"name": MODELS[0]})
+    _compared(tmp_path / "ablation", {"fused": wide["fused"], "fused:features=[]": []}, model={"name": "big"})
+    made = comparison.models(str(tmp_path))
+    assert made.splitlines()[0] == "| model | work | nano | fused | hf | fused / nano |"
+    decode = "decode, batch 8, prompt 128, TPOT ms"
+    assert cells(made) == [
+        # logarithms of ratios: -ln 2 and -ln 4, whose mean is that of √⅛; half an interval 12.706 × 0.3466 = ln 81.75
+        ["big", decode, "3.00 (2.00 to 4.00)", "1.00 (1.00 to 1.00)", "–", "0.35× (0.00 to 28.90)"],
+        ["big", "prefill, 1 × 1024 tokens, ms", "20.00 (20.00 to 20.00)", "10.00 (10.00 to 10.00)", "–",
+         "0.50× (one pair)"],
+        ["wide", decode, "4.00 (4.00 to 4.00)", "3.00 (3.00 to 3.00)", "9.00 (9.00 to 9.00)", "0.75× (0.75 to 0.75)"],
+    ]  # fmt: skip
+    assert "interval within these processes. TPOT" in made
+    assert "big: one Toy, float16, local weights, 2 rounds, launched 1 time(s). Runs: `" in made
+    assert "wide: one Toy, float16, local weights, 2 rounds, launched 3 time(s). Runs: `" in made
+    assert made.endswith("wide: hf left before the end, or took no part: it was slow")
+
+
+OF_REFERENCE = [
+    name for name, of in TABLES.items() if any(p.default == REFERENCE for p in signature(of).parameters.values())
+]
+SHAPES_ASKED = {"op-shares": " shape=decode:1x128"}
+
+
+@pytest.fixture(scope="module")
+def with_another_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed runs, and before and behind each, by name, the same of another model."""
+    folder = tmp_path_factory.mktemp("reference") / "h200"
+    shutil.copytree(ROOT / REFERENCE, folder)
+    for file in sorted((ROOT / REFERENCE).glob("*/run.json")):
+        run = json.loads(file.read_text()) | {"model": "qwen3-4b"}
+        for place in ("0", "zz") if "study" not in run else ():  # one table has studies of all models' shapes
+            name = f"{place}-{file.parent.name}"
+            RunWriter(folder / name, name).write_run(run | {"run_id": name})
+    blocks_of = {label: [_block(label, n, 1.0) for n in range(2)] for label in ("nano", "fused")}
+    _compared(folder / "0-compare", blocks_of, model={"name": "qwen3-4b"})
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in OF_REFERENCE if name != "models"])
+def test_runs_of_another_model_change_no_table_but_theirs(name: str, with_another_model: Path) -> None:
+    call = name + SHAPES_ASKED.get(name, "")
+    told = made(f"{call} folder={with_another_model}").replace(str(with_another_model), REFERENCE)
+    assert told == made(call)
+
+
+def test_runs_of_another_model_are_in_a_table_of_theirs(with_another_model: Path) -> None:
+    assert {row[0] for row in cells(comparison.models(str(with_another_model)))} == {"qwen3-4b"}
+
+
 def test_goals_by_hand(tmp_path: Path) -> None:
     serve = {"metric": "output_tok_s", "phase": "serve", "batch_size": 256, "tokens": 0, "output_len": 0}
     decode = {  # TPOT in ms of two rounds: fused is 4 and 4, then 2 and 4 times as fast as its faster rival
@@ -686,7 +751,7 @@ def test_layer_times_are_medians_over_iterations_then_layers(tmp_path: Path) -> 
     )
     writer.flush()
     shape = {"phase": "decode", "batch_size": 2, "tokens": 16}
-    writer.write_run({"engine": "nano", "workload": "latency", "shapes": [shape]})
+    writer.write_run({"engine": "nano", "workload": "latency", "model": MODELS[0], "shapes": [shape]})
     assert cells(baseline.layer_times(str(tmp_path), "nano")) == [["2", "16", "21.0 (11.0 to 31.0)"]]
 
 
