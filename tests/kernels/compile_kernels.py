@@ -86,7 +86,7 @@ def compile_launches(capability: int, shared_limit: int) -> None:
             (PrefillLaunch(128, 128, 64, 8, 3), PrefillLaunch(128, 256, 64, 8, 3)),
             (
                 PrefillLaunch(64, 128, 64, 4, 2, per_sm=0, pieces=2),
-                PrefillLaunch(64, 256, 64, 4, 2, per_sm=0, ahead=True),
+                PrefillLaunch(64, 256, 64, 4, 2, per_sm=0),
             ),
         )[: 3 if capability >= 90 else 1]:
             prefill_products(4095, 1024, 3072, 16, 8, 128, torch.bfloat16, gate_up, qkv)
