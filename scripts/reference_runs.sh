@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Measures what results/reference/ holds, on this machine's GPU:
 #
-#   scripts/reference_runs.sh PART...      parts: compare ablation alone ops latency throughput grid trial, or all
+#   scripts/reference_runs.sh PART...     parts: compare models ablation alone ops latency throughput grid trial, or all
 #
 # compare     nano_vllm, nano, fused and vLLM's serving arms taking turns
+# models      nano and fused taking turns, a comparison of each of $MODELS (qwen3-4b), calls of few sequences
 # ablation    fused without each of its features, taking turns with all of them
 # alone       fused with each of its features alone, taking turns with none
 # ops         RMSNorm and the linear layer after it, fused and not, from 1 to 16,384 rows
@@ -19,8 +20,8 @@
 # out. PYTHON names the interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain launches in
 # trial, WEIGHTS the checkpoint (random), SHARE and CACHE_TOKENS what each engine gets of an H200 in compare, TOGETHER
 # how many engines there are at once in ablation and alone (9, each takes up to 13 GB; 2 or more), OPS_MODEL whose
-# shapes ops takes (qwen3-0.6b, or all), MODEL whose weights ablation and alone run (qwen3-0.6b), DRY_RUN=1 only prints
-# the commands. A part that fails does not stop the next one.
+# shapes ops takes (qwen3-0.6b, or all), MODEL whose weights ablation and alone run (qwen3-0.6b), MODELS those of
+# models, DRY_RUN=1 only prints the commands. A part that fails does not stop the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -63,6 +64,15 @@ part() {
         launches="${LAUNCHES:-1}" into="$results/compare" limits.gpu_memory_utilization="${SHARE:-0.18}" \
         limits.kv_cache_tokens="${CACHE_TOKENS:-214016}" "${common[@]}"
       ;;
+    models)
+      # Each looks at what is free, one after the other; what is left holds the reference in float32.
+      for model in ${MODELS:-qwen3-4b}; do
+        run "$python" -m harness.compare 'engines=[nano,fused]' baseline=nano workload=tpot model="$model" \
+          'workload.prefill=[[1,128],[1,1024]]' 'workload.decode=[[1,128],[8,128],[32,128]]' rounds="${ROUNDS:-3}" \
+          launches="${LAUNCHES:-1}" into="$results/compare-models-$model" limits.gpu_memory_utilization=0.4 \
+          "${common[@]}"
+      done
+      ;;
     ablation) ablate fused - ablation-without ;;
     alone) ablate 'fused:features=[]' '' ablation-alone ;;
     ops)
@@ -80,7 +90,7 @@ part() {
         --json "$results/regress-trial.json"
       ;;
     *)
-      echo "There is no part $1; there are compare, ablation, alone, ops, latency, throughput, grid, trial, all." >&2
+      echo "There is no part $1; run bare, this script tells which there are." >&2
       exit 2
       ;;
   esac
@@ -90,6 +100,6 @@ if (($# == 0)); then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
   exit 0
 fi
-[[ $* == all ]] && set -- compare ablation alone ops latency throughput grid trial
+[[ $* == all ]] && set -- compare models ablation alone ops latency throughput grid trial
 for name in "$@"; do part "$name"; done
 exit "$failed"

@@ -74,6 +74,19 @@ def test_each_feature_is_left_out_or_alone_once_and_never_too_many_at_once(part:
     assert seen == [f"fused:features=[{sign}{name}]" for name in FEATURES]
 
 
+def test_other_models_are_compared_one_by_one_each_in_a_folder_of_its_own() -> None:
+    models = ("qwen3-4b", "llama-3.2-1b")
+    told = script(RUNS, "models", DRY_RUN="1", PYTHON=sys.executable, MODELS=" ".join(models), RESULTS="r").stdout
+    for line, model in zip(told.splitlines(), models, strict=True):
+        settings, overrides = parse(line.partition("harness.compare ")[2].split())
+        assert (settings.engines, settings.baseline, settings.rounds) == (["nano", "fused"], "nano", 3)
+        assert settings.into == f"r/compare-models-{model}"
+        for one in contestants(settings.engines, overrides):
+            work, limits = one.config.workload, one.config.limits
+            assert one.config.model.name == model and limits.gpu_memory_utilization == 0.4
+            assert work.prefill == [[1, 128], [1, 1024]] and work.decode == [[1, 128], [8, 128], [32, 128]]
+
+
 def test_what_the_sanitizer_said_is_kept(tmp_path: Path) -> None:
     sanitizer, file = tmp_path / "sanitizer", tmp_path / "memcheck.json"
     sanitizer.write_text(
