@@ -35,7 +35,7 @@ from kernels.rms_norm_linear import FUSION as _RMS_NORM_LINEAR
 from kernels.rms_norm_linear import rms_norm_linear
 from kernels.sample import CHOOSE_TOKEN as _CHOOSE_TOKEN
 from kernels.sample import TILE_STATS as _TILE_STATS
-from kernels.sample import choose_token, draw_token, tile_stats
+from kernels.sample import choose_token, tile_stats
 from kernels.silu_mul import FUSION as _SILU_MUL
 from kernels.silu_mul import silu_mul
 from kernels.write_kv import write_kv
@@ -71,7 +71,6 @@ __all__ = [
     "decode_attention",
     "decode_head",
     "decode_linear",
-    "draw_token",
     "embed_rows",
     "paged_attention",
     "prefill_attention",

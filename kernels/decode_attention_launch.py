@@ -179,10 +179,16 @@ def best_launch(
 
 
 def most_short_rows(heads: int, kv_heads: int, head_dim: int, element_bytes: int, device: torch.device) -> int:
-    """Up to how many rows short contexts have a launch of their own on this GPU; 0: none has."""
-    counts = (1 << power for power in range(SHORT_ROWS.bit_length()))
-    found = [rows for rows in counts if _measured(rows, heads, kv_heads, head_dim, True, device)]
-    return max(found, default=0) if element_bytes == 2 else 0
+    """Up to how many rows short contexts have a launch of their own on this GPU, unlike that of others; 0: none has."""
+    if element_bytes != 2:
+        return 0
+    counts = (1 << power for power in reversed(range(SHORT_ROWS.bit_length())))
+    return next((rows for rows in counts if _differs(rows, heads, kv_heads, head_dim, device)), 0)
+
+
+def _differs(rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> bool:
+    short, other = (_measured(rows, heads, kv_heads, head_dim, kind, device) for kind in (True, False))
+    return short is not None and short != other
 
 
 def _measured(rows: int, heads: int, kv_heads: int, head_dim: int, short: bool, device: torch.device) -> Launch | None:

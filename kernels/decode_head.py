@@ -14,14 +14,13 @@ elements), and a read of the logits (rows * vocab).
 Three ways. Two are for few rows (up to 16 or so). In one kernel, a program makes one tile: W x^T on tensor cores, all
 rows at once; W, which is most of a small model, streams through a pipelined loop, and its first columns are asked into
 the L2 before the wait. Or as a layer's product (`Launch.product`), whose programs hold W in registers and come nearer
-to the memory's rate, with `tile_stats` or `draw_token` after it. For more rows, the norm in a kernel and all the rest
-in another (`Launch.tiles`, kernels/decode_head_tiles.py).
+to the memory's rate, with `tile_stats` after it. For more rows, the norm in a kernel and all the rest in another
+(`Launch.tiles`, kernels/decode_head_tiles.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,14 +169,12 @@ def decode_head(
     out: Tensor | None = None,
     dependent: bool = False,
     launch: Launch | None = None,
-    leave_sums: bool = False,
-) -> Any:
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, tile_max, tile_sum) of the last layer's output; shapes as in this module's docstring.
 
-    `out`: where the logits go, contiguous; else to memory of their own. `leave_sums`: where the sums would take a
-    kernel of their own, there are none, for `draw_token`: (logits, None, None). `dependent`: launch dependently where
-    the GPU can; results are the same. `launch` overrides the measured choice for this GPU and the default. ValueError
-    if the arguments do not fit.
+    `out`: where the logits go, contiguous; else to memory of their own. `dependent`: launch dependently where the GPU
+    can; results are the same. `launch` overrides the measured choice for this GPU and the default. ValueError if the
+    arguments do not fit.
     """
     check_float("x", x, 2)
     rows, k = x.shape
@@ -199,8 +196,6 @@ def decode_head(
     if launch.product is not None and rows > 0 and vocab > 0:
         logits = decode_linear(x, weight, norm_weight=norm_weight, eps=eps, dependent=dependent, launch=launch.product)
         logits = logits if out is None else out.copy_(logits)
-        if leave_sums:
-            return logits, None, None
         # A copy starts no kernel early.
         return logits, *tile_stats(logits, temperatures, dependent=dependent and out is None)
     tiles = -(-vocab // TILE)

@@ -1,4 +1,4 @@
-"""Exact categorical sampling on the device, in one launch or two that a captured decode step can hold.
+"""Exact categorical sampling on the device, in two launches that a captured decode step can hold.
 
     logits        [rows, vocab]           float32, float16 or bfloat16; -inf is never drawn (top-k, top-p)
     temperatures  [rows] float32          0 is greedy
@@ -11,9 +11,8 @@
 
 The token at `positions + 1` is the first whose running sum of exp(logit / T) over the vocabulary exceeds u times the
 whole sum, with u in (0, 1) from Philox4x32-10: key = seed, counter = position of the drawn token. `tile_stats` reads
-the logits once; `choose_token` finds the tile by the tiles' weights and reads only that tile again. `draw_token` does
-both, for few rows in one launch: of a row's programs the one that comes last chooses. A token depends on seed, position
-and logits alone, not on its row or its batch. Greedy rows take the first of the greatest logits.
+the logits once; `choose_token` finds the tile by the tiles' weights and reads only that tile again. A token depends on
+seed, position and logits alone, not on its row or its batch. Greedy rows take the first of the greatest logits.
 
 Running sums are float64, and u has 52 bits: in float32 they would cut off tokens less likely than 1e-7, and move
 the borders of the others by as much. The weights themselves are float32, right to about 1e-6 of each.
@@ -24,9 +23,7 @@ the embedding of the drawn token. Saved: probabilities (or noise) are neither wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,10 +41,6 @@ GROUP = 128
 """Tiles whose weights `choose_token` sums before it looks for one of them."""
 CHOOSE_WARPS = 4
 """Of `choose_token`: 16 of 2,048 tiles per thread, and few warps to wait for one another."""
-ONE_LAUNCH_ROWS = 4
-"""Up to so many rows `draw_token` is one launch."""
-ONE_LAUNCH_TILES = 8
-"""Tiles per program of it: one 16-byte load per thread of 16-bit logits."""
 COLDEST = tl.constexpr(1e-30)
 """Colder is the same: any difference of two logits is then infinite, and 1 / T is still finite."""
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -154,17 +147,9 @@ def tile_stats_kernel(
     let_next_start(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     scale = scale_of(tl.load(temperatures + row))
-    wait_for_previous(DEPENDENT)
-    _make_tile_stats(logits, tile_max, tile_sum, row, scale, vocab, tiles, TILE, TILES)
-
-
-@triton.jit
-def _make_tile_stats(
-    logits, tile_max, tile_sum, row, scale, vocab, tiles, TILE: tl.constexpr, TILES: tl.constexpr
-):  # fmt: skip
-    """Of this program's TILES tiles of a row."""
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None]
     column = tile * TILE + tl.arange(0, TILE)[None, :]
+    wait_for_previous(DEPENDENT)
     z = tl.load(logits + row * vocab + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
     top = tl.max(z, axis=1, keep_dims=True)
     total = tl.sum(tl.exp2((z - finite(top)) * scale), axis=1, keep_dims=True)
@@ -199,40 +184,40 @@ def _first_beyond(weights, target, SIZE: tl.constexpr):
     return index, target - tl.sum(tl.where(at < index, weights, 0.0), axis=0)
 
 
-@triton.jit
-def _read_state(temperatures, seeds, positions, steps, row):
-    """(is greedy, scale, position, step, random number) of a row.
-
-    The state was last written before this chain's first kernel started, so it need not be waited for.
-    """
-    temperature = tl.load(temperatures + row)
-    position = tl.load(positions + row)
-    step = tl.load(steps + row)
-    greedy = temperature == 0.0
-    # A greedy row draws among its equal maxima, at the lower end: the first of them.
-    u = tl.where(greedy, 0.0, uniform(tl.load(seeds + row), position + 1))
-    return greedy, scale_of(temperature), position, step, u
+def _choose_token_name(specialization: Any) -> str:
+    """Of the kernel as profilers show it: whether it embeds too."""
+    return "choose_token_embed_kernel" if specialization.constants["HIDDEN"] else "choose_token_kernel"
 
 
-@triton.jit
-def _choose(
-    logits, tile_max, tile_sum, positions, tokens, ring, steps, table, stream, row, greedy, scale, position, step, u,
-    vocab, tiles, slots, max_rows,
-    TILE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit(repr=_choose_token_name)
+def choose_token_kernel(
+    logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, table, stream, vocab, tiles, slots,
+    max_rows, TILE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One row: which group of tiles, which of its tiles, which of its entries; and what the next step must know.
 
     HIDDEN 0: nothing is embedded. COLUMNS is the power of two that holds them.
     """
+    let_next_start(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    # The state was last written before this chain's first kernel started, so it need not be waited for.
+    temperature = tl.load(temperatures + row)
+    position = tl.load(positions + row)
+    step = tl.load(steps + row)
     slot = (step % slots).to(tl.int64)
-    # Sums over groups first: a running sum over all tiles would take several times as many instructions. Read past the
-    # L1, which does not know what other programs of the same launch have written.
+    greedy = temperature == 0.0
+    scale = scale_of(temperature)
+    # A greedy row draws among its equal maxima, at the lower end: the first of them.
+    u = tl.where(greedy, 0.0, uniform(tl.load(seeds + row), position + 1))
+    wait_for_previous(DEPENDENT)
+
+    # Sums over groups first: a running sum over all tiles would take several times as many instructions.
     group_at = tl.arange(0, GROUPS)[:, None]
     at = tl.arange(0, GROUP)
     tile_at = group_at * GROUP + at[None, :]
-    place, inside = row * tiles + tile_at, tile_at < tiles
-    maxima = tl.load(tile_max + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(tile_sum + place, mask=inside, other=0.0, cache_modifier=".cg")
+    maxima = tl.load(tile_max + row * tiles + tile_at, mask=tile_at < tiles, other=float("-inf"))
+    sums = tl.load(tile_sum + row * tiles + tile_at, mask=tile_at < tiles, other=0.0)
     top = finite(tl.max(maxima))
     weights = (_relative_weights(maxima, top, scale, greedy) * sums).to(tl.float64)
     by_group = tl.sum(weights, axis=1)
@@ -257,51 +242,6 @@ def _choose(
     tl.store(steps + row, step + 1)
     if HIDDEN > 0:
         tl.store(stream + row * HIDDEN + hidden_at, embedded, mask=hidden_at < HIDDEN)
-
-
-def _named(name: str) -> Callable[[Any], str]:
-    """How profilers show a kernel that draws: whether it embeds too."""
-    return lambda specialization: f"{name}_embed_kernel" if specialization.constants["HIDDEN"] else f"{name}_kernel"
-
-
-@triton.jit(repr=_named("choose_token"))
-def choose_token_kernel(
-    logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, table, stream, vocab, tiles, slots,
-    max_rows, TILE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, HIDDEN: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """One row."""
-    let_next_start(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    greedy, scale, position, step, u = _read_state(temperatures, seeds, positions, steps, row)
-    wait_for_previous(DEPENDENT)
-    _choose(
-        logits, tile_max, tile_sum, positions, tokens, ring, steps, table, stream, row, greedy, scale, position, step,
-        u, vocab, tiles, slots, max_rows, TILE, GROUPS, GROUP, HIDDEN, COLUMNS,
-    )  # fmt: skip
-
-
-@triton.jit(repr=_named("draw_token"))
-def draw_token_kernel(
-    logits, tile_max, tile_sum, counters, temperatures, seeds, positions, tokens, ring, steps, table, stream, vocab,
-    tiles, slots, max_rows, TILE: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """TILES tiles of one row, and the row's token if this program comes last."""
-    let_next_start(DEPENDENT)
-    row = tl.program_id(1).to(tl.int64)
-    greedy, scale, position, step, u = _read_state(temperatures, seeds, positions, steps, row)
-    wait_for_previous(DEPENDENT)
-    _make_tile_stats(logits, tile_max, tile_sum, row, scale, vocab, tiles, TILE, TILES)
-    # The barrier puts this program's stores before its count; the count's acquire puts the others' before the reads of
-    # whoever finds that all others have counted. The count is zero again for the next launch.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(counters + row, 0)
-        _choose(
-            logits, tile_max, tile_sum, positions, tokens, ring, steps, table, stream, row, greedy, scale, position,
-            step, u, vocab, tiles, slots, max_rows, TILE, GROUPS, GROUP, HIDDEN, COLUMNS,
-        )  # fmt: skip
 
 
 def tile_stats(
@@ -359,75 +299,30 @@ def choose_token(
     tiles = -(-vocab // TILE)
     check_like("tile_max", tile_max, (rows, tiles), logits, torch.float32)
     check_like("tile_sum", tile_sum, (rows, tiles), logits, torch.float32)
-    _check_state(logits, temperatures, seeds, positions, tokens, ring, steps, embedding)
+    check_like("temperatures", temperatures, (rows,), logits, torch.float32)
+    check_like("seeds", seeds, (rows,), logits, torch.int64)
+    check_like("positions", positions, (rows,), logits, torch.int32)
+    check_like("tokens", tokens, (rows,), logits, torch.int32)
+    check_integers("steps", steps, (rows,), logits)
+    _check_ring(ring, logits)
+    table, stream = embedding or (None, None)
+    if table is not None and stream is not None:
+        _check_embedding(table, stream, logits)
     if not runs_triton(logits):
         choose_token_reference(
             logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, embedding
         )
         return
+    depends = dependent and can_depend(logits.device)
+    hidden = 0 if table is None else table.shape[1]
     if rows > 0:
         choose_token_kernel[(rows,)](
-            logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps,
-            *(embedding or (None, None)), vocab, tiles, *ring.shape,
-            **_choose_options(tiles, embedding, dependent and can_depend(logits.device)),
+            logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, table, stream,
+            vocab, tiles, *ring.shape,
+            TILE=TILE, GROUPS=max(2, triton.next_power_of_2(-(-tiles // GROUP))), GROUP=GROUP, HIDDEN=hidden,
+            COLUMNS=triton.next_power_of_2(max(1, hidden)), DEPENDENT=depends, num_warps=CHOOSE_WARPS,
+            **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
-
-
-def draw_token(
-    logits: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    tokens: Tensor,
-    ring: Tensor,
-    steps: Tensor,
-    embedding: tuple[Tensor, Tensor] | None = None,
-    *,
-    dependent: bool = False,
-) -> None:
-    """`tile_stats` and `choose_token`; in one launch for up to ONE_LAUNCH_ROWS rows, with the same results.
-
-    In one launch, launches that share a device must not overlap in time, and one must have run before any is captured.
-    ValueError if the arguments do not fit.
-    """
-    rows, vocab = _check_logits(logits)
-    state = (temperatures, seeds, positions, tokens, ring, steps)
-    if rows == 0 or rows > ONE_LAUNCH_ROWS or not runs_triton(logits):
-        stats = tile_stats(logits, temperatures, dependent=dependent)
-        choose_token(logits, *stats, *state, embedding, dependent=dependent)
-        return
-    _check_state(logits, *state, embedding)
-    tiles = -(-vocab // TILE)
-    tile_max = torch.empty((rows, tiles), dtype=torch.float32, device=logits.device)
-    tile_sum = torch.empty((rows, tiles), dtype=torch.float32, device=logits.device)
-    draw_token_kernel[(-(-tiles // ONE_LAUNCH_TILES), rows)](
-        logits, tile_max, tile_sum, _counters(logits.device), *state, *(embedding or (None, None)),
-        vocab, tiles, *ring.shape, TILES=ONE_LAUNCH_TILES,
-        **_choose_options(tiles, embedding, dependent and can_depend(logits.device)),
-    )  # fmt: skip
-
-
-def _choose_options(tiles: int, embedding: tuple[Tensor, Tensor] | None, depends: bool) -> dict[str, Any]:
-    """Constants and launch options of both kernels that choose."""
-    hidden = 0 if embedding is None else embedding[0].shape[1]
-    options: dict[str, Any] = {"launch_pdl": True} if depends else {}
-    return options | {
-        "TILE": TILE,
-        "GROUPS": max(2, triton.next_power_of_2(-(-tiles // GROUP))),
-        "GROUP": GROUP,
-        "HIDDEN": hidden,
-        "COLUMNS": triton.next_power_of_2(max(1, hidden)),
-        "DEPENDENT": depends,
-        "num_warps": CHOOSE_WARPS,
-    }
-
-
-@lru_cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros in which programs of a row count themselves, and which they leave as zeros."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("draw_token must run once before it is captured in a graph.")
-    return torch.zeros(ONE_LAUNCH_ROWS, dtype=torch.int32, device=device)
 
 
 def _check_logits(logits: Tensor) -> tuple[int, int]:
@@ -436,27 +331,6 @@ def _check_logits(logits: Tensor) -> tuple[int, int]:
     if vocab == 0:
         raise ValueError("logits must have at least one column.")
     return rows, vocab
-
-
-def _check_state(
-    logits: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    tokens: Tensor,
-    ring: Tensor,
-    steps: Tensor,
-    embedding: tuple[Tensor, Tensor] | None,
-) -> None:
-    rows = (len(logits),)
-    check_like("temperatures", temperatures, rows, logits, torch.float32)
-    check_like("seeds", seeds, rows, logits, torch.int64)
-    check_like("positions", positions, rows, logits, torch.int32)
-    check_like("tokens", tokens, rows, logits, torch.int32)
-    check_integers("steps", steps, rows, logits)
-    _check_ring(ring, logits)
-    if embedding is not None:
-        _check_embedding(*embedding, logits)
 
 
 def _check_ring(ring: Tensor, logits: Tensor) -> None:

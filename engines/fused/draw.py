@@ -31,15 +31,13 @@ class Head(nn.Module):
         launch = best_launch(rows, vocab, k, hidden.element_size(), hidden.device)
         return launch is not None and (rows <= FEW_ROWS or launch.tiles is not None)
 
-    def forward(self, hidden: Tensor, temperatures: Tensor, dependent: bool) -> tuple[Tensor, Any]:
-        """Logits and their sums; None for these where they would take a kernel of their own."""
+    def forward(self, hidden: Tensor, temperatures: Tensor, dependent: bool) -> tuple[Tensor, Tensor, Tensor]:
         (model,) = self._model
         norm, rows = model.model.norm, hidden.shape[0]
-        logits, *sums = kernels.decode_head(
+        return kernels.decode_head(
             hidden, norm.weight, model.lm_head.matrix, norm.eps, temperatures,
-            out=self._memory[:rows] if rows > FEW_ROWS else None, dependent=dependent, leave_sums=True,
+            out=self._memory[:rows] if rows > FEW_ROWS else None, dependent=dependent,
         )  # fmt: skip
-        return logits, None if sums[0] is None else sums
 
 
 class Logits(nn.Module):
@@ -60,14 +58,12 @@ class Sample(nn.Module):
     def forward(self, logits: Tensor, sums: tuple[Tensor, Tensor] | None, state: Rows, dependent: bool) -> None:
         """`sums` are the head's; None: they are still to be made from `logits` [rows, vocab]."""
         rows, s = logits.shape[0], state
-        of_rows: Any = (
-            s.temperatures[:rows], s.seeds[:rows], s.positions[:rows], s.tokens[:rows], s.ring, s.steps[:rows],
-            s.embedding(rows),
-        )  # fmt: skip
         if sums is None:
-            kernels.draw_token(logits, *of_rows, dependent=dependent)
-        else:
-            kernels.choose_token(logits, *sums, *of_rows, dependent=dependent)
+            sums = kernels.tile_stats(logits, s.temperatures[:rows], dependent=dependent)
+        kernels.choose_token(
+            logits, *sums, s.temperatures[:rows], s.seeds[:rows], s.positions[:rows], s.tokens[:rows], s.ring,
+            s.steps[:rows], s.embedding(rows), dependent=dependent,
+        )  # fmt: skip
 
 
 class Draw:
@@ -85,7 +81,7 @@ class Draw:
         dependent = "dependent" in self.features
         sums: Any = None
         if "head" in self.features and self.head.takes(hidden):
-            logits, sums = self.head(hidden, state.temperatures[: len(hidden)], dependent)
+            logits, *sums = self.head(hidden, state.temperatures[: len(hidden)], dependent)
         else:
             logits = self.lm_head(self.norm(hidden))
         self.sample(logits, sums, state, dependent)

@@ -134,7 +134,8 @@ class FusedRunner(ModelRunner):
             logits = torch.where(is_cut.unsqueeze(1), likely, logits)
             temperatures = torch.where(is_cut, 1.0, temperatures)  # the logits are divided already
         seeds = self._put([s.seed for s in sequences], torch.int64)
-        kernels.draw_token(logits, temperatures, seeds, positions, tokens, ring, steps, embedding)
+        sums = kernels.tile_stats(logits, temperatures)
+        kernels.choose_token(logits, *sums, temperatures, seeds, positions, tokens, ring, steps, embedding)
 
     def _put(self, values: list[int] | list[bool], dtype: torch.dtype) -> Tensor:
         host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")

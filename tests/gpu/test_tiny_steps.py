@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from engines.base import Request, SamplingParams
-from engines.fused import LLM, layers
+from engines.fused import LLM, draw, layers
+from kernels.causal_attention import Launch as Causal
 from kernels.decode_attention_launch import Launch as Stream
+from kernels.decode_head import Launch as HeadLaunch
+from kernels.decode_linear import Launch as Product
 from kernels.prefill_linear import Launch as Prefill
 from tests.engines import reference
 
@@ -53,12 +56,19 @@ def test_logits_across_blocks_and_chunks(engine):
 
 
 def test_bfloat16_kernels_that_only_measurements_choose(monkeypatch):
-    """Prefill's products with their ends, as gate and up of decode too, and attention that holds a stream's first tile:
-    on a GPU with a table, larger shapes run them."""
+    """Prefill's products with their ends, as gate and up of decode too, its attention, products that hold W in shared
+    memory, the head of many rows, and attention that holds a stream's first tile: on a GPU with a table, larger shapes
+    run them."""
     launches = {"prefill_qkv_rope": Prefill(64, 64, 32, 4, 3), "prefill_gate_up": Prefill(64, 32, 32, 4, 3, per_sm=0)}
     monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: launches[kernel])
     monkeypatch.setattr(layers, "best_prefill_gate_up", lambda *_: launches["prefill_gate_up"])
     monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
+    monkeypatch.setattr(layers, "best_causal_launch", lambda *_: Causal(16, 32, 4, 2))
+    held = lambda rows, out, k, gated, *_: Product("tiled", 32, 64, 4, 16, split_k=k // 64, described=True)  # noqa: E731
+    monkeypatch.setattr(layers, "best_launch", held)
+    tiles = HeadLaunch(tiles=Prefill(16, 128, 32, 4, 3))
+    for module in (draw, sys.modules["kernels.decode_head"]):
+        monkeypatch.setattr(module, "best_launch", lambda *_: tiles)
     for splits in (1, 4):
         stream = Stream(16, splits, 16, 1, True, 3, held=True)
         monkeypatch.setattr(sys.modules["kernels.decode_attention"], "best_launch", lambda *_, stream=stream: stream)

@@ -221,10 +221,6 @@ DECODE_ENDS = {
         [LINEAR, "tile_stats_kernel", "choose_token_kernel"],
         ["-1 head final_norm+lm_head", "-1 sample sample", "-1 sample sample"],
     ),
-    "a product, then all in one": (
-        [LINEAR, "draw_token_embed_kernel"],
-        ["-1 head final_norm+lm_head", "-1 sample sample+embed"],
-    ),
     "the next step's embedding too": (
         [LINEAR, "tile_stats_kernel", "choose_token_embed_kernel"],
         ["-1 head final_norm+lm_head", "-1 sample sample", "-1 sample sample+embed"],

@@ -86,7 +86,7 @@ def compile_launches(capability: int, shared_limit: int) -> None:
             (PrefillLaunch(128, 128, 64, 8, 3), PrefillLaunch(128, 256, 64, 8, 3)),
             (
                 PrefillLaunch(64, 128, 64, 4, 2, per_sm=0, pieces=2),
-                PrefillLaunch(64, 256, 64, 4, 2, per_sm=0, ahead=True),
+                PrefillLaunch(64, 256, 64, 4, 2, per_sm=0),
             ),
         )[: 3 if capability >= 90 else 1]:
             prefill_products(4095, 1024, 3072, 16, 8, 128, torch.bfloat16, gate_up, qkv)
@@ -256,14 +256,11 @@ def head_and_sample(rows: int, dtype: torch.dtype, tiles: PrefillLaunch | None =
         x, norm_weight, table, 1e-6, temperatures, dependent=True, launch=HeadLaunch(tiles=tiles) if tiles else None
     )
     kernels.tile_stats(logits, temperatures, dependent=True)
-    seeds, ring = (
-        torch.empty(rows, dtype=torch.int64, device=META),
-        torch.empty(4, rows, dtype=torch.int32, device=META),
-    )
-    state = (temperatures, seeds, positions, tokens, ring, steps)
     for embedding in (None, (table, x)):
-        kernels.choose_token(logits, *stats, *state, embedding, dependent=True)
-        kernels.draw_token(logits, *state, embedding, dependent=True)
+        kernels.choose_token(
+            logits, *stats, temperatures, torch.empty(rows, dtype=torch.int64, device=META), positions, tokens,
+            torch.empty(4, rows, dtype=torch.int32, device=META), steps, embedding, dependent=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

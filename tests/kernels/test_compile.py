@@ -23,7 +23,6 @@ DEPENDENT = {
     "qk_norm_rope_cache.qk_norm_rope_cache_kernel",
     "rms_norm.rms_norm_kernel",
     "sample.choose_token_kernel",
-    "sample.draw_token_kernel",
     "sample.tile_stats_kernel",
     "silu_mul.silu_mul_kernel",
 }

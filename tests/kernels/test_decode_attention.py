@@ -305,6 +305,7 @@ def test_dependent_launches_of_a_graph(launch, make_case, device, monkeypatch):
 def test_short_contexts_may_have_a_launch_of_their_own(monkeypatch):
     general, short = Launch(64, 1, 256, 4, True, 3), Launch(32, 2, 128, 2, True, 3)
     measured = {"16/8x128 rows 32": general, "16/8x128 rows 32 short": short, "16/8x128 rows 128": general}
+    measured |= {"16/8x128 rows 64": general, "16/8x128 rows 64 short": general}
     entries = {key: {"launch": asdict(launch)} for key, launch in measured.items()}
     monkeypatch.setattr(launches, "chosen", lambda kernel, key, device: entries.get(key))
     shape, device = (16, 8, 128), torch.device("cpu")

@@ -8,19 +8,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 import kernels
-from kernels import FUSIONS, INTERPRETED, choose_token, draw_token, tile_stats
+from kernels import FUSIONS, INTERPRETED, choose_token, tile_stats
 from kernels._triton import tl, triton
-from kernels.sample import (
-    ONE_LAUNCH_ROWS,
-    TILE,
-    Launch,
-    _counters,
-    _first_beyond,
-    philox_reference,
-    uniform,
-    uniform_reference,
-)
-from kernels.sample import draw_token_kernel as one_launch
+from kernels.sample import TILE, Launch, _first_beyond, philox_reference, uniform, uniform_reference
 
 KERNEL_DRAWS = 60 if INTERPRETED else 50_000
 """The interpreter takes tens of milliseconds for one."""
@@ -199,50 +189,6 @@ def test_drawn_tokens_are_embedded(path, hidden, dtype, device, randn):
     assert memory[4].isnan().all()
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Kernels that were launched."""
-    found = []
-    run = type(one_launch).run
-    monkeypatch.setattr(type(one_launch), "run", lambda self, *a, **k: found.append(self) or run(self, *a, **k))
-    return found
-
-
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 20_000), (3, 2500), (ONE_LAUNCH_ROWS, 50)], ids=str)
-def test_one_launch_leaves_what_two_leave(rows, vocab, dtype, device, randn, launches):
-    """Tokens, state and embeddings, step after step, as programs count themselves from zero each time."""
-    temperatures, positions = [0.7, 0.0, 1.3, 1.0][:rows], [7, 3, -1, 2000][:rows]
-    states = [State.of(temperatures, list(range(rows)), positions, device) for _ in range(2)]
-    table = randn(vocab, 24, dtype=dtype)
-    streams = [torch.full((rows, 24), torch.nan, dtype=dtype, device=device) for _ in range(2)]
-    for _ in range(3):
-        logits = randn(rows, vocab, dtype=dtype, scale=2)
-        logits[:, 7::11] = -torch.inf
-        states[0].draw(logits, (table, streams[0]))
-        launches.clear()
-        draw_token(logits, *vars(states[1]).values(), (table, streams[1]))
-        assert launches == [one_launch]
-        for name, value in vars(states[0]).items():
-            assert torch.equal(getattr(states[1], name), value), name
-        assert torch.equal(*streams)
-        assert _counters(device).tolist() == [0] * ONE_LAUNCH_ROWS
-
-
-@pytest.mark.parametrize("path", ["reference", "triton"])
-@pytest.mark.parametrize("rows", [ONE_LAUNCH_ROWS, ONE_LAUNCH_ROWS + 1], ids=str)
-def test_draws_of_any_number_of_rows(path, rows, device, randn, launches):
-    """By plain PyTorch, in one launch, in two: the same."""
-    arguments = ([0.8] * rows, list(range(rows)), list(range(rows)), device)
-    logits, expected, state = randn(rows, 300, scale=2), State.of(*arguments), State.of(*arguments)
-    with kernels.use("reference"):
-        expected.draw(logits)
-    with kernels.use(path):
-        draw_token(logits, *vars(state).values())
-    assert len(launches) == (0 if path == "reference" else 1 if rows <= ONE_LAUNCH_ROWS else 2)
-    for name, value in vars(expected).items():
-        assert torch.equal(getattr(state, name), value), name
-
-
 def test_equal_rows_draw_equal_tokens(device):
     """Seed, position and logits decide: not the row, nor the batch, nor what else is in it."""
     logits = spread_logits(torch.bfloat16).to(device)
@@ -337,8 +283,6 @@ def test_wrong_arguments(device):
         choose(embedding=(table, table))
     with pytest.raises(ValueError, match=r"stream must be torch.float32"):
         choose(embedding=(table, table[:2].half()))
-    with pytest.raises(ValueError, match="seeds must be torch.int64"):
-        draw_token(logits, *(vars(state) | {"seeds": state.seeds.int()}).values())
     assert state.tokens.tolist() == [-7, -7]
 
 
