@@ -786,6 +786,15 @@ def test_decode_choices_say_which_way_runs() -> None:
     assert rows["final_norm+lm_head", "1"][2] == "vector"
 
 
+def test_no_other_model_was_tuned_for() -> None:
+    """docs/10 says so below the comparisons of other models."""
+    measured = json.loads((choices.ROOT / "kernels/choices/nvidia-h200.json").read_text())["choices"]
+    shapes = {key.split(" rows ")[0].split(" tokens ")[0] for table in measured.values() for key in table}
+    ours = {"4096x1024", "1024x2048", "gated 3072x1024", "1024x3072", "151936x1024", "16/8x128", "6144x1024"}
+    assert shapes <= ours
+    assert "is Qwen3-0.6B alone" in (choices.ROOT / "docs/10_benchmark_comparison.md").read_text()
+
+
 def test_what_decode_uses_need_not_be_faster_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was chosen in a whole step."""
     launch, day = {"kernel": "tiled", "halves": False}, "2030-01-01"
