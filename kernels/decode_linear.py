@@ -367,6 +367,9 @@ TILED_SHARED_BYTES = 96 * 1024
 
 MATRIX_ROWS = 16
 """Up to here, from 2 on, the default is the matrix kernel, if its tiles fit."""
+LARGE_WEIGHT = 16 << 20
+"""Bytes of W from which on several rows take cuBLAS where nothing was measured. It streams large matrices well, while
+the defaults, made so that small ones are under way at once, took an H200 twice as long for 21 to 100 MB."""
 MATRIX_REGISTERS = 96
 """What a matrix program's W, x and gamma may take of each thread's 128 registers."""
 
@@ -430,11 +433,12 @@ def shape_key(rows: int, out: int, k: int, gated: bool) -> str:
 
 
 def best_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device) -> Launch | None:
-    """The launch measured fastest on this GPU, else the default; None where others' kernels were faster: cuBLAS with
-    separate ones, or `prefill_gate_up`."""
+    """The launch measured fastest on this GPU, else the default; None where others' kernels were faster, or should be:
+    cuBLAS with separate ones, or `prefill_gate_up`."""
     choice = chosen("decode_linear", shape_key(rows, out, k, gated), device) if element_bytes == 2 else None
     if choice is None:
-        return default_launch(rows, out, k, gated, element_bytes)
+        large = rows > 1 and (2 if gated else 1) * out * k * element_bytes >= LARGE_WEIGHT
+        return None if large else default_launch(rows, out, k, gated, element_bytes)
     return None if "path" in choice else launch_of(Launch, choice["launch"], device)
 
 

@@ -106,7 +106,12 @@ def test_places_are_the_markers_sites(engine: Any, shape: Shape) -> None:
         true = [r.name for r in ranges if r.time_range.start <= launch <= r.time_range.end]
         assert site is not None
         if true:
-            assert f"site {site.layer_index} {site.block} {site.op}" == true[0], kernel.name
+            _, layer, block, op = true[0].split()
+            if "tile_stats" in kernel.name:  # the sampler's, also where the head's module launches it
+                assert block in ("head", "sample") and site.block == "sample"
+            else:  # a module may launch several kernels, each of which does a part of its operation
+                assert (str(site.layer_index), site.block) == (layer, block), kernel.name
+                assert set(site.op.split("+")) <= set(op.split("+")), kernel.name
             marked += 1
     assert marked > 4 * LAYERS
 

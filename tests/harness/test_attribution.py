@@ -279,6 +279,15 @@ def test_a_head_that_norms_itself() -> None:
     assert [spelt(s) for s in found[-2:]] == ["-1 head final_norm+lm_head", "-1 sample sample"]
 
 
+def test_a_norm_launched_op_by_op_holds_its_last_products() -> None:
+    """They bear no norm's name; rows that are picked before the head's product count to it."""
+    own = ["at::native::vectorized_elementwise_kernel<pow>", "at::native::reduce_kernel<MeanOps>",
+           "at::native::elementwise_kernel<rsqrt>", "at::native::elementwise_kernel<MulFunctor>"]  # fmt: skip
+    names = [*START, *LAYER * 2, *own, "at::native::indexSelectSmallIndex", "gemv", "sample"]
+    found = [spelt(s) for s in attribute(names, 2, True)[-7:]]
+    assert found == ["-1 head final_norm"] * 4 + ["-1 head lm_head"] * 2 + ["-1 sample sample"]
+
+
 def test_a_delay_belongs_to_what_it_holds_up() -> None:
     spin = "at::cuda::(anonymous namespace)::spin_kernel(long)"
     bare = attribute([*START, *LAYER * 2, *END], 2, True)

@@ -221,6 +221,17 @@ def test_unknown_gpus_take_the_default():
     assert best_launch(1, 4096, 1024, False, 2, torch.device("cpu")) == default_launch(1, 4096, 1024, False, 2)
 
 
+def test_large_matrices_that_were_not_measured_are_cublas_own():
+    """Qwen3-4B's four, of several rows; one row streams them by itself."""
+    cpu = torch.device("cpu")
+    for out, k, gated in ((6144, 2560, False), (2560, 4096, False), (9728, 2560, True), (2560, 9728, False)):
+        for rows in (2, 8, 32):
+            assert best_launch(rows, out, k, gated, 2, cpu) is None
+        assert best_launch(1, out, k, gated, 2, cpu) == default_launch(1, out, k, gated, 2)
+    for out, k, gated in ((4096, 1024, False), (3072, 1024, True)):  # Qwen3-0.6B's largest
+        assert best_launch(8, out, k, gated, 2, cpu) == default_launch(8, out, k, gated, 2)
+
+
 def test_no_rows(randn):
     assert decode_linear(randn(0, 32), randn(8, 32)).shape == (0, 8)
 
