@@ -177,8 +177,9 @@ def _attribute_end(names: Sequence[str], sites: list[Site | None], start: int, h
     between = range(start, head.start)
     norms = [i for i in between if _NORM.search(names[i])]
     norm_end = norms[-1] + 1 if norms else min(start + 1, head.start)
-    while norms and norm_end < head.start and _TORCH_OWN in names[norm_end] and not _PICK.search(names[norm_end]):
-        norm_end += 1  # launched op by op, a norm ends with products that bear no name
+    if norms and _TORCH_OWN in names[norms[-1]]:  # launched op by op, it ends with products that bear no name
+        rest = range(norm_end, head.start)
+        norm_end = next((i for i in rest if _TORCH_OWN not in names[i] or _PICK.search(names[i])), head.start)
     _put(sites, range(start, norm_end), Site(NO_LAYER, "head", "final_norm"))
     head_op = "lm_head" if between else "final_norm+lm_head"
     _put(sites, range(norm_end, head.stop), Site(NO_LAYER, "head", head_op))
