@@ -49,6 +49,7 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
             launch = entry.get("launch", {})
             how = launch.get("product", launch).get("kernel", "tensor cores" if launch.get("dot") else "")
             how = "tiles, norm apart" if "tiles" in launch else how
+            how += ", W in shared memory" if launch.get("described") else ""
             how = {"cublas": "library", "prefill": "prefill's"}.get(entry.get("path", ""), how)
             cells = [f"{ours:.1f}", "" if other is None else f"{other:.1f}"]
             cells[0 if wins else 1] = f"**{cells[0 if wins else 1]}**"
@@ -100,3 +101,30 @@ def _days(measured: dict[str, Any], ops: Mapping[str, tuple[str, ...]]) -> str:
     tables = [measured["choices"].get(kernel, {}) for kernel in {op[0] for op in ops.values()}]
     found = sorted(entry["date"] for table in tables for entry in table.values())
     return found[0] if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+
+@table("causal-choices")
+def causal_choices(gpu: str = "nvidia-h200") -> str:
+    """Time of attention of whole prompts at its fastest launch, beside FlashAttention 3; what runs is in bold."""
+    file = f"kernels/choices/{gpu}.json"
+    measured = json.loads((ROOT / file).read_text())
+    rows = []
+    for key, entry in measured["choices"].get("causal_attention", {}).items():
+        heads, _, numbers = key.partition(" tokens ")
+        if heads != "{heads}/{kv_heads}x{dim}".format(**QWEN3_06B):
+            continue
+        tokens, longest = map(int, numbers.split(" of at most "))
+        ours, other = entry["us"], entry["flash_attention_us"]
+        rate = 2 * 16 * 128 * tokens * (longest + 1) / min(ours, other) / 1e6
+        cells = [f"{ours:.1f}", f"{other:.1f}"]
+        at = 0 if "launch" in entry else 1
+        cells[at] = f"**{cells[at]}**"
+        rows.append([f"{tokens // longest} × {longest:,}", *cells, f"{ours / other:.2f}×", f"{rate:.0f}"])
+    source = (
+        f"µs per call in a captured graph, on the same queries, keys and values, {measured['facts']['gpu']}, "
+        f"{_days(measured, {'': ('causal_attention',)})}; TFLOP/s of the faster one, of both products without what the "
+        f"mask hides. File: `{file}`, written by `python -m kernels.tune`."
+    )
+    return "\n\n".join(
+        [markdown(["prompts", "ours", "FlashAttention 3", "ours / its", "TFLOP/s"], rows, left=1), source]
+    )

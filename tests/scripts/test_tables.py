@@ -1,6 +1,7 @@
 """What the tables' functions compute, on cases small enough to do by hand."""
 
 import json
+import re
 import shutil
 from inspect import signature
 from pathlib import Path
@@ -786,13 +787,42 @@ def test_decode_choices_say_which_way_runs() -> None:
     assert rows["final_norm+lm_head", "1"][2] == "vector"
 
 
-def test_no_other_model_was_tuned_for() -> None:
+def test_prompts_attention_beside_flash_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worked out by hand: 2 × 2,048 × 1,000 × 1,001 operations in 10 µs, and who runs in bold."""
+    made = {
+        "facts": {"gpu": "Toy"},
+        "choices": {
+            "causal_attention": {
+                "16/8x128 tokens 1000 of at most 1000": {
+                    "launch": {"block_t": 8}, "us": 10.0, "flash_attention_us": 12.5, "date": "2030-01-01"
+                },
+                "16/8x128 tokens 4000 of at most 1000": {
+                    "path": "flash_attention", "us": 50.0, "flash_attention_us": 40.0, "date": "2030-01-02"
+                },
+                "32/8x128 tokens 1000 of at most 1000": {
+                    "path": "flash_attention", "us": 5.0, "flash_attention_us": 4.0, "date": "2030-01-03"
+                },
+            }
+        },
+    }  # fmt: skip
+    (tmp_path / "kernels/choices").mkdir(parents=True)
+    (tmp_path / "kernels/choices/toy.json").write_text(json.dumps(made))
+    monkeypatch.setattr(choices, "ROOT", tmp_path)
+    assert cells(choices.causal_choices("toy")) == [
+        ["1 × 1,000", "**10.0**", "12.5", "0.80×", "410"], ["4 × 1,000", "50.0", "**40.0**", "1.25×", "410"]
+    ]  # fmt: skip
+
+
+def test_which_other_models_were_tuned_for() -> None:
     """docs/10 says so below the comparisons of other models."""
     measured = json.loads((choices.ROOT / "kernels/choices/nvidia-h200.json").read_text())["choices"]
-    shapes = {key.split(" rows ")[0].split(" tokens ")[0] for table in measured.values() for key in table}
-    ours = {"4096x1024", "1024x2048", "gated 3072x1024", "1024x3072", "151936x1024", "16/8x128", "6144x1024"}
-    assert shapes <= ours
-    assert "is Qwen3-0.6B alone" in (choices.ROOT / "docs/10_benchmark_comparison.md").read_text()
+    small = {"4096x1024", "1024x2048", "gated 3072x1024", "1024x3072", "151936x1024", "16/8x128", "6144x1024"}
+    larger = {"6144x2560", "2560x4096", "gated 9728x2560", "2560x9728", "151936x2560", "32/8x128"}
+    keys = [re.split(" rows | tokens ", key) for table in measured.values() for key in table]
+    assert {shape for shape, _ in keys} == small | larger
+    assert {rows.removesuffix(" short") for shape, rows in keys if shape in larger} == {"8", "32"}
+    text = (choices.ROOT / "docs/10_benchmark_comparison.md").read_text()
+    assert "Qwen3-4B has been measured at 8 and 32 rows" in " ".join(text.split())
 
 
 def test_what_decode_uses_need_not_be_faster_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
