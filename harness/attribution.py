@@ -184,8 +184,9 @@ def _attribute_end(names: Sequence[str], sites: list[Site | None], start: int, h
     head_op = "lm_head" if between else "final_norm+lm_head"
     _put(sites, range(norm_end, head.stop), Site(NO_LAYER, "head", head_op))
     last = max((i for i in range(head.stop, len(names)) if not _READ_BACK.match(names[i])), default=head.stop - 1)
-    for i in range(head.stop, last + 1):
-        sites[i] = Site(NO_LAYER, "sample", "sample+embed" if _DRAWS_AND_EMBEDS.search(names[i]) else "sample")
+    drawing = range(head.stop, last + 1)
+    embeds = any(_DRAWS_AND_EMBEDS.search(names[i]) for i in drawing)
+    _put(sites, drawing, Site(NO_LAYER, "sample", "sample+embed" if embeds else "sample"))
     _put(sites, range(last + 1, len(names)), Site(NO_LAYER, "step", "read_back"))
 
 

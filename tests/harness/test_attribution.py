@@ -223,7 +223,7 @@ DECODE_ENDS = {
     ),
     "the next step's embedding too": (
         [LINEAR, "tile_stats_kernel", "choose_token_embed_kernel"],
-        ["-1 head final_norm+lm_head", "-1 sample sample", "-1 sample sample+embed"],
+        ["-1 head final_norm+lm_head", "-1 sample sample+embed", "-1 sample sample+embed"],
     ),
     "cuBLAS": (
         [NORM, GEMM, "tile_stats_kernel", "choose_token_kernel"],
