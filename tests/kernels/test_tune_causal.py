@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import _tune_causal, causal_attention, use
+from kernels._triton import triton
 from kernels._tune_causal import CANDIDATES, Prompts, measure, shapes
 from kernels._tune_models import Model
 from kernels.causal_attention import Launch
@@ -44,6 +45,20 @@ def test_flash_attention_may_win_or_not_be_there(prompts, monkeypatch):
     with use("reference"):
         assert measure(prompts) == {"path": "flash_attention", "us": 5.0, "flash_attention_us": 4.0}
         time_as(monkeypatch, {GOOD: 7.0, BETTER: 5.0}, None, prompts)
+        assert measure(prompts)["us"] == 5.0
+
+
+def test_what_is_too_large_for_the_gpu_is_left_out(prompts, monkeypatch):
+    """Groups of more heads than those that the candidates were made for want more shared memory."""
+
+    def attend(*inputs, launch, dependent):
+        if launch == BAD:
+            raise triton.runtime.errors.OutOfResources(300000, 232448, "shared memory")
+        return causal_attention(*inputs, launch=launch)
+
+    monkeypatch.setattr(_tune_causal, "causal_attention", attend)
+    time_as(monkeypatch, {GOOD: 7.0, BETTER: 5.0}, None, prompts)
+    with use("reference"):
         assert measure(prompts)["us"] == 5.0
 
 
