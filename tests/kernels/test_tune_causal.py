@@ -19,7 +19,7 @@ def prompts(monkeypatch) -> Prompts:
     monkeypatch.setattr(_tune_causal, "CANDIDATES", (BAD, GOOD, BETTER))
     monkeypatch.setattr(
         _tune_causal, "causal_attention",
-        lambda *a, launch, dependent: causal_attention(*a, launch=launch) * (1.1 if launch == BAD else 1),
+        lambda *a, launch, dependent: causal_attention(*a, launch=launch) * (2 if launch == BAD else 1),
     )  # fmt: skip
     return Prompts(TINY, 12, 6, torch.device("cpu"))
 
@@ -37,7 +37,7 @@ def test_the_fastest_right_one_is_chosen(prompts, monkeypatch, capsys):
     assert entry == {
         "launch": {"block_t": 32, "block_n": 16, "num_warps": 4, "num_stages": 1}, "us": 5.0, "flash_attention_us": 6.0
     }  # fmt: skip
-    assert f"WRONG causal_attention, relative error 0.1: {BAD}" in capsys.readouterr().out
+    assert f"WRONG causal_attention, relative error 1: {BAD}" in capsys.readouterr().out
 
 
 def test_flash_attention_may_win_or_not_be_there(prompts, monkeypatch):
