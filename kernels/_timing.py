@@ -15,8 +15,8 @@ REPLAYS = 11
 CANNOT_RUN: tuple[type[Exception], ...] = (RuntimeError,)  # the driver's refusals
 TOO_LARGE: tuple[type[Exception], ...] = ()
 if HAVE_TRITON:
-    CANNOT_RUN += (triton.runtime.errors.PTXASError, triton.CompilationError)
     TOO_LARGE += (triton.runtime.errors.OutOfResources,)
+    CANNOT_RUN += (*TOO_LARGE, triton.runtime.errors.PTXASError, triton.CompilationError)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

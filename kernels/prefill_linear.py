@@ -133,7 +133,9 @@ def can_describe(*tensors: Tensor) -> bool:
 def described(tensor: Tensor, block: tuple[int, int], parts: int = 0) -> Any:
     """A descriptor of `tensor` [rows, columns] by tiles of `block`; with `parts`, of that many tensors one above the
     other, a tile being one of each, [parts, *block]."""
-    shape, strides, block_shape = list(tensor.shape), [tensor.stride(0), 1], list(block)
+    # The stride of a single row says nothing, and may be no multiple of 16 bytes.
+    row_stride = tensor.stride(0) if len(tensor) > 1 else tensor.shape[1]
+    shape, strides, block_shape = list(tensor.shape), [row_stride, 1], list(block)
     if parts:
         rows = shape[0] // parts
         shape, strides, block_shape = [parts, rows, shape[1]], [rows * shape[1], *strides], [parts, *block_shape]

@@ -135,8 +135,9 @@ def print_table(found: Sequence[Row], labels: Sequence[str], baseline: str, cons
 
 
 def _text(row: Row, cell: Cell) -> str:
+    reason = escape(cell.reason.partition("\n")[0][:60])
     if cell.spread is None:
-        return cell.reason.splitlines()[0][:60]
+        return reason
     digits = 0 if row.metric == "output_tok_s" else 3
     s = cell.spread
     text = f"{s.median:,.{digits}f} ({s.lowest:,.{digits}f} - {s.highest:,.{digits}f})"
@@ -144,4 +145,4 @@ def _text(row: Row, cell: Cell) -> str:
         text += f"\n{cell.ratio.value:.3f}×"
         if cell.ratio.pairs > 1:
             text += f" ({cell.ratio.low:.3f} - {cell.ratio.high:.3f}) {cell.ratio.verdict(row.higher_is_better)}"
-    return f"{text}\n{s.rounds} rounds; of others: {cell.reason[:60]}" if cell.reason else text
+    return f"{text}\n{s.rounds} rounds; of others: {reason}" if reason else text

@@ -264,6 +264,19 @@ def test_a_block_that_failed_among_others_is_told(tmp_path) -> None:
     assert "2 rounds; of others: 129 tokens took no longer than one" in out.getvalue()
 
 
+@pytest.mark.parametrize("rounds", [1, 2], ids=["all failed", "one of two"])
+def test_reasons_are_shown_as_they_are_in_one_line(rounds, tmp_path) -> None:
+    """Errors have brackets, which are no markup, and lines of which the first says most."""
+    writer = RunWriter(tmp_path / "A", "A")
+    failed = {**_round("A", 0, None, "RuntimeError: [/tmp/x] is gone\nat line 3"), "samples": 0}
+    writer.add_rounds([failed, _round("A", 1, 2.0)][:rounds])
+    writer.flush()
+    writer.write_run({"engine": "A"})
+    out = io.StringIO()
+    print_table(rows(load(tmp_path), ["A"], "A"), ["A"], "A", Console(file=out, width=200))
+    assert "RuntimeError: [/tmp/x] is gone" in out.getvalue() and "line 3" not in out.getvalue()
+
+
 # --- whole comparisons, in real processes ---
 
 

@@ -176,6 +176,13 @@ def test_rows_of_odd_length_have_no_descriptors(randn):
     assert not can_describe(x, odd) and not can_describe(shifted)
 
 
+def test_one_row_may_have_any_stride(randn, assert_close):
+    """Torch calls it contiguous, and a descriptor wants a multiple of 16 bytes."""
+    x, weight = randn(32, 1).t(), randn(16, 32)
+    assert x.is_contiguous() and x.stride() == (1, 1)
+    assert_close(prefill_gate_up(x, weight, SMALL), gated(x, weight))
+
+
 def test_unmeasured_gpus_have_no_best_launch(monkeypatch):
     """cuBLAS and separate kernels run there."""
     cpu, shape = torch.device("cpu"), (6144, 1024, 4000)

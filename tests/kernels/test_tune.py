@@ -23,6 +23,7 @@ from kernels import (
 )
 from kernels import _tune_products as products
 from kernels._timing import checked
+from kernels._triton import triton
 from kernels._tune_candidates import candidates, head_candidates
 from kernels._tune_models import MODELS, Model, Op
 from kernels.decode_attention_launch import Launch as AttentionLaunch
@@ -151,6 +152,22 @@ def test_what_is_left_out_is_named_unless_it_is_too_large(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == [*wrong, "o rows 2 left out, RuntimeError: launch failed"]
     with pytest.raises(KeyError):  # a mistake of ours
         checked(Tried(), KeyError("x"), "o rows 2", 0.01)
+
+
+def test_what_is_too_large_is_compiled_for_nobody(monkeypatch):
+    """The others are compiled, and it is left out when it is timed."""
+    large, small = Launch("vector", 2, 32, 1), Launch("vector", 1, 32, 1)
+    done = []
+
+    def product(*arguments, launch, **options):
+        if launch == large:
+            raise triton.runtime.errors.OutOfResources(300000, 232448, "shared memory")
+        done.append(launch)
+
+    monkeypatch.setattr(products, "decode_linear", product)
+    op = Op("o", 24, 32, residual=True)
+    _tune_compile.run(CPU, [_tune_compile.Job(op, 2, launch) for launch in (large, small)])
+    assert done == [small]
 
 
 def test_choices_come_back(gpu):

@@ -7,6 +7,7 @@ import torch
 
 from kernels import INTERPRETED, _tune_attention, _tune_chain, use
 from kernels._timing import relative_error
+from kernels._triton import triton
 from kernels._tune_attention import Contexts, Timed, time_attention
 from kernels._tune_chain import Chain
 from kernels._tune_models import Model
@@ -112,17 +113,20 @@ def test_chain_is_a_steps_layers(path, launches, halves, monkeypatch):
         assert chain.time_us(launches) == 10.0
 
 
-def test_what_cannot_run_takes_forever(monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["memory", "shared memory"])
+def test_what_cannot_run_takes_forever(kind, monkeypatch, capsys):
     """Found before it is captured, and no reason to stop."""
+    too_large = triton.runtime.errors.OutOfResources(300000, 232448, kind)
+    reason = torch.OutOfMemoryError() if kind == "memory" else too_large
     benches = {op.name: Bench(op, MODEL.layers, CPU) for op in MODEL.ops()}
     chain = Chain(benches, Contexts(CPU, 4, (5, 9), MODEL.attention(), 512, MODEL.layers), None)
 
-    def out_of_memory(*_, **options):
-        raise torch.OutOfMemoryError
+    def fails(*_, **options):
+        raise reason
 
-    monkeypatch.setattr(Bench, "whole", out_of_memory)
+    monkeypatch.setattr(Bench, "whole", fails)
     assert chain.time_us({**dict.fromkeys(benches), "attention": ATTENTION}) == float("inf")
-    assert "chain cannot run, OutOfMemoryError" in capsys.readouterr().out
+    assert f"chain cannot run, {type(reason).__name__}" in capsys.readouterr().out
 
 
 TRIED = {
