@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engines.base import NO_LAYER, WHOLE_LAYER, InputError
@@ -76,6 +77,11 @@ def _interval(low: float, high: float, samples: int) -> str:
     return f"{low:.3f} - {high:.3f}" if samples > 1 else "(once)"
 
 
+def _reason(status: str) -> str:
+    """The first line of what went wrong; rich would take brackets for markup."""
+    return escape(status.partition("\n")[0])
+
+
 def rounds_table(records: list[dict[str, Any]], title: str) -> Table:
     """One row per item of a `generate` workload."""
     table = Table(title=title, title_justify="left")
@@ -84,11 +90,11 @@ def rounds_table(records: list[dict[str, Any]], title: str) -> Table:
     for r in records:
         size = (str(r["batch_size"]), str(r["tokens"]), str(r["output_len"]))
         if "median" not in r:
-            table.add_row(r["phase"], *size, r["metric"], "-", r["status"], "0")
+            table.add_row(r["phase"], *size, r["metric"], "-", _reason(r["status"]), "0")
             continue
         interval = _interval(r["low"], r["high"], r["samples"])
         if r["status"] != "ok":
-            interval += f", then: {r['status']}"
+            interval += f", then: {_reason(r['status'])}"
         table.add_row(r["phase"], *size, r["metric"], f"{r['median']:.3f}", interval, str(r["samples"]))
     return table
 

@@ -192,12 +192,15 @@ class Bench(Contexts):
 
 def measure(
     device: torch.device, rows: int, context: tuple[int, int], launches: Sequence[Launch], heads: Heads = QWEN3_06B,
-    max_context: int = MAX_CONTEXT,
+    max_context: int = MAX_CONTEXT, failures: list[str] | None = None,
 ) -> list[Timed]:  # fmt: skip
-    """Every launch that runs and is right, fastest in the chain first; FlashAttention 3, where installed, last."""
+    """Every launch that runs and is right, fastest in the chain first; FlashAttention 3, where installed, last.
+
+    `failures` gets what is wrong.
+    """
     bench = Bench(device, rows, context, heads, max_context)
     where = f"attention rows {rows} context {context}"
-    right = [launch for launch in launches if checked(bench, launch, where, TOLERANCE)]
+    right = [launch for launch in launches if checked(bench, launch, where, TOLERANCE, failures)]
     found = [bench.time(partial(bench.attend, launch=launch), launch) for launch in right]
     found.sort(key=lambda timed: timed.chained_us)
     flash = bench.flash_attention_3()
@@ -237,14 +240,16 @@ class Found:
         return {"launch": choices.fields_of(launch), "us": round(us, 2), **beside}
 
 
-def time_attention(device: torch.device, heads: Heads, rows: int) -> Found:
-    """All candidates at short contexts, the best of them at long ones too."""
+def time_attention(device: torch.device, heads: Heads, rows: int, failures: list[str]) -> Found:
+    """All candidates at short contexts, the best of them at long ones too; `failures` gets what is wrong."""
     long = (1024, 2048) if rows <= SHORT_ROWS else (512, 768)
-    found = measure(device, rows, SHORT, candidates(rows, *heads, MAX_CONTEXT), heads)
+    found = measure(device, rows, SHORT, candidates(rows, *heads, MAX_CONTEXT), heads, failures=failures)
     beside = next((t for t in found if isinstance(t.launch, str)), None)
     tried = [t.launch for t in found if isinstance(t.launch, Launch)][:TRIES]
     again: dict[Launch | str, Timed] = {
-        t.launch: t for t in measure(device, rows, long, tried, heads) if not isinstance(t.launch, str)
+        t.launch: t
+        for t in measure(device, rows, long, tried, heads, failures=failures)
+        if not isinstance(t.launch, str)
     }
     best_us = min((t.chained_us for t in again.values()), default=0.0)
     limit_us = best_us + LONG_LOSS * abs(best_us)

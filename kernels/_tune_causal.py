@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import causal_attention, choices
-from kernels._timing import CANNOT_RUN, poisoned, relative_error, time_graph_us
+from kernels._timing import checked, poisoned, relative_error, time_graph_us
 from kernels._tune_models import Model
 from kernels.causal_attention import Launch, reference, shape_key
 
@@ -75,6 +75,7 @@ class Prompts:
             max_seqlen_k=self.longest, cu_seqlens_k=self.starts, softmax_scale=self.scale, causal=True, fa_version=3,
         )  # fmt: skip
 
+    @cached_property
     def expected(self) -> Tensor:
         """Prompt by prompt: the reference holds all scores of its tokens."""
         found = []
@@ -83,28 +84,25 @@ class Prompts:
             found.append(reference(self.q[rows], self.k[rows], self.v[rows], self.positions[rows], self.scale))
         return torch.cat(found)
 
+    def error(self, launch: Launch) -> float:
+        """Relative error of a launch; NaN where it left something unwritten."""
+        return relative_error(poisoned(partial(self.ours, launch)), self.expected)
+
     def tflop(self) -> float:
         """Of both products, without what the mask hides."""
         heads, _, head_dim = self.heads
         return 4 * heads * head_dim * self.tokens * (self.longest + 1) / 2 / 1e12
 
 
-def measure(prompts: Prompts) -> dict[str, Any]:
+def measure(prompts: Prompts, failures: list[str]) -> dict[str, Any]:
     """Print what is fastest; the entry for the table of choices, empty where nothing could be timed."""
-    expected, timed = prompts.expected(), []
+    named, timed = f"{prompts.tokens:6} tokens of at most {prompts.longest:4}", []
     for launch in CANDIDATES:
-        try:
-            error = relative_error(poisoned(partial(prompts.ours, launch)), expected)
-            if error < TOLERANCE:
-                timed.append((time_us(partial(prompts.ours, launch)), launch))
-            else:
-                print(f"WRONG causal_attention, relative error {error:.3g}: {launch}")
-        except CANNOT_RUN as reason:
-            print(f"left out, {type(reason).__name__}: {launch}")
+        if checked(prompts, launch, named, TOLERANCE, failures):
+            timed.append((time_us(partial(prompts.ours, launch)), launch))
     flash = prompts.flash_attention_3()
     beside_us = time_us(flash) if flash else float("inf")
     timed.sort(key=lambda pair: pair[0])
-    named = f"{prompts.tokens:6} tokens of at most {prompts.longest:4}"
     for us, launch in timed[:2]:
         rate = f"{us:7.1f} µs {prompts.tflop() / us * 1e6:4.0f} TFLOP/s"
         print(f"{named}: {rate}  {launch}; FlashAttention 3 {beside_us:.1f}", flush=True)
@@ -122,12 +120,15 @@ def time_us(call: Callable[[], Any]) -> float:
     return time_graph_us([call] * CALLS) / CALLS
 
 
-def measured(model: Model, device: torch.device, quick: bool, seconds: float) -> dict[str, dict[str, Any]]:
-    """The entries for the table of choices; after so many seconds no other shape is begun."""
+def measured(
+    model: Model, device: torch.device, quick: bool, seconds: float, failures: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The entries for the table of choices; after so many seconds no other shape is begun. `failures` gets what is
+    wrong."""
     start, table = time.perf_counter(), {}
     for tokens, longest in QUICK_SHAPES if quick else shapes():
         if time.perf_counter() - start > seconds:
             print(f"no time for {tokens} tokens of at most {longest}")
-        elif entry := measure(Prompts(model, tokens, longest, device)):
+        elif entry := measure(Prompts(model, tokens, longest, device), failures):
             table[shape_key(model.heads, model.kv_heads, model.head_dim, tokens, longest)] = entry
     return {"causal_attention": table}

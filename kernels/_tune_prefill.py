@@ -190,19 +190,21 @@ class QkvRope(Bench):
 OPS: dict[str, type[GateUp] | type[QkvRope]] = {"gate_up": GateUp, "qkv": QkvRope}
 
 
-def time_candidates(bench: GateUp | QkvRope, rows: int, deadline: float) -> list[tuple[float, Launch]]:
-    """Those that run and are right, the fastest first."""
+def time_candidates(
+    bench: GateUp | QkvRope, rows: int, deadline: float, failures: list[str]
+) -> list[tuple[float, Launch]]:
+    """Those that run and are right, the fastest first; `failures` gets what is wrong."""
     found = []
     for i, launch in enumerate(bench.candidates):
         if time.perf_counter() > deadline:
             print(f"{rows:6} {bench.name}: no time for {len(bench.candidates) - i} candidates")
             break
-        if checked(bench, launch, f"{bench.name} rows {rows}", TOLERANCE):
+        if checked(bench, launch, f"{bench.name} rows {rows}", TOLERANCE, failures):
             found.append((bench.time_us(partial(bench.fused, launch)), launch))
     return sorted(found, key=lambda timed: timed[0])
 
 
-def measure(bench: GateUp | QkvRope, rows: int, deadline: float) -> dict[str, Any]:
+def measure(bench: GateUp | QkvRope, rows: int, deadline: float, failures: list[str]) -> dict[str, Any]:
     """Print the fastest launches for so many rows; the entry for the table of choices, empty where none was timed."""
     bench.prepare(rows)
     tflop = 2 * rows * bench.out * bench.k / 1e12
@@ -212,7 +214,7 @@ def measure(bench: GateUp | QkvRope, rows: int, deadline: float) -> dict[str, An
         f"{rows:6} {bench.name}: {bench.beside} {apart_us:.1f} µs, of which the product {product_us:.1f} "
         f"({tflop / product_us * 1e6:.0f} TFLOP/s)"
     )
-    found = time_candidates(bench, rows, deadline)
+    found = time_candidates(bench, rows, deadline, failures)
     for us, launch in found[:SHOWN]:
         print(f"{us:14.1f} µs {us / apart_us:5.2f} {tflop / us * 1e6:5.0f} TFLOP/s  {brief(launch)}", flush=True)
     beside = {"cublas_us": round(apart_us, 2)}
@@ -250,8 +252,13 @@ def compile_all(model: Model, benches: dict[str, GateUp | QkvRope]) -> int:
     return len(jobs)
 
 
-def measured(model: Model, device: torch.device, rows: Sequence[int], seconds: float) -> dict[str, dict[str, Any]]:
-    """Print what runs fastest; the entries for the table of choices, by kernel and shape."""
+def measured(
+    model: Model, device: torch.device, rows: Sequence[int], seconds: float, failures: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Print what runs fastest; the entries for the table of choices, by kernel and shape.
+
+    `failures` gets what is wrong.
+    """
     start = time.perf_counter()
     benches = {name: kind(model, model.layers, device) for name, kind in OPS.items()}
     print(
@@ -260,6 +267,6 @@ def measured(model: Model, device: torch.device, rows: Sequence[int], seconds: f
     table: dict[str, dict[str, Any]] = {}
     for count in rows:
         for bench in benches.values():
-            if entry := measure(bench, count, start + seconds):
+            if entry := measure(bench, count, start + seconds, failures):
                 table.setdefault(bench.kernel, {})[shape_key(bench.out, bench.k, count)] = entry
     return table

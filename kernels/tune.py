@@ -97,7 +97,7 @@ class Tuner:
         """Each op by itself, and print what is best."""
         if self.with_attention:
             for count in self.rows:
-                self.attention[count] = time_attention(self.device, self.model.attention(), count)
+                self.attention[count] = time_attention(self.device, self.model.attention(), count, self.failures)
         self.benches = {op.name: Bench(op, self.model.layers, self.device) for op in self.ops}
         self.head = HeadBench(self.model.hidden, self.model.vocab, self.device) if self.with_head else None
         print(HEADER)
@@ -205,8 +205,8 @@ def main() -> None:
     table = tuner.table
     if "prefill" in arguments.ops:
         prompts = _tune_prefill.QUICK_ROWS if arguments.quick else _tune_prefill.ROWS
-        table |= _tune_prefill.measured(model, device, prompts, PREFILL_SECONDS)
-        table |= _tune_causal.measured(model, device, arguments.quick, CAUSAL_SECONDS)
+        table |= _tune_prefill.measured(model, device, prompts, PREFILL_SECONDS, tuner.failures)
+        table |= _tune_causal.measured(model, device, arguments.quick, CAUSAL_SECONDS, tuner.failures)
     facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
     if not arguments.dry_run:
         print("written:", choices.save(device, table, facts).name)

@@ -233,14 +233,14 @@ def test_attention_that_is_slow_at_long_contexts_is_no_choice(rows, monkeypatch,
     short = dict(zip(launches, (5.0, 5.5, 6.0, 7.0, 8.0, 9.0), strict=True))
     long = dict(zip(launches, (10.4, 10.2, 10.0, 10.1, 11.0), strict=False))
 
-    def measure(device, rows, context, tried, heads):
+    def measure(device, rows, context, tried, heads, failures):
         times = short if context == _tune_attention.SHORT else long
         timed = [Timed(launch, 1.0, times[launch], 1.0, 0.0) for launch in tried]
         return [*timed, Timed("FlashAttention 3", 20.0, 20.0, 1.0, 0.0)]
 
     monkeypatch.setattr(_tune_attention, "candidates", lambda *shape: launches)
     monkeypatch.setattr(_tune_attention, "measure", measure)
-    result = time_attention(CPU, MODEL.attention(), rows)
+    result = time_attention(CPU, MODEL.attention(), rows, [])
     assert [timed.launch for timed in result.timed] == launches[1:4]
     few = rows == 16
     assert result.launches() == (launches[:5] if few else launches[1:4])

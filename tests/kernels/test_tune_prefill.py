@@ -50,10 +50,12 @@ def test_a_wrong_candidate_is_named_and_not_timed(kind, timer, monkeypatch, caps
 
     monkeypatch.setattr(_tune_prefill, function.__name__, spoiled)
     timer += [9.0, 7.0, 6.0, 5.0]
+    failures: list[str] = []
     with use("reference"):
-        entry = _tune_prefill.measure(bench, 256, float("inf"))
+        entry = _tune_prefill.measure(bench, 256, float("inf"), failures)
     assert entry["launch"]["block_m"] == 16 and entry["us"] == 5.0 and entry["cublas_us"] == 9.0
     (wrong,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert len(failures) == 1 and failures[0] in wrong
     assert f"{bench.name} rows 256 Launch(block_m=64" in wrong and wrong.endswith("relative error nan")
 
 
@@ -62,9 +64,9 @@ def test_cublas_may_win_and_time_may_run_out(timer, capsys):
     bench.candidates = (Launch(16, 16, 32, 4, 2),)
     timer += [9.0, 7.0, 9.5]
     with use("reference"):
-        assert _tune_prefill.measure(bench, 40, float("inf")) == {"path": "cublas", "cublas_us": 9.0}
+        assert _tune_prefill.measure(bench, 40, float("inf"), []) == {"path": "cublas", "cublas_us": 9.0}
         timer += [9.0, 7.0]
-        assert _tune_prefill.measure(bench, 40, 0.0) == {}
+        assert _tune_prefill.measure(bench, 40, 0.0, []) == {}
     assert "no time for 1 candidates" in capsys.readouterr().out
 
 
