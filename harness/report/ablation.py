@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -18,6 +19,8 @@ from harness.report.plots import Plots
 
 _DRAWN = 6
 """Items that get a panel; the table has all."""
+_FAR = 5
+"""Times as long as the next one in its panel is a bar that is cut off, since nothing else would be seen beside it."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +138,15 @@ def section(data: Data, plots: Plots) -> Section | None:
         title = f"{engine}, {its_name(family)} and others: {family.title}"
         caption = (
             f"Change of the time against {its_name(family)} (line), with the 95 % interval of rounds that ran next to "
-            "each other, or what two intervals leave open; the table has the ends of those that are cut off. Each "
-            "column has its own scale; the largest change is first. A ratio is to the reference that took turns with "
-            "its row, which may be another than the one whose times are in the first row."
+            "each other, or what two intervals leave open; the table has the ends of those that are cut off. An empty "
+            "bar: the interval reaches over the line, and does not say whether the feature counts. An arrow: the bar "
+            f"is cut off, being over {_FAR} times as long as the next. Each column has its own scale; the largest "
+            "change is first. A ratio is to the reference that took turns with its row, which may be another than the "
+            "one whose times are in the first row."
         )
         parts += [html.heading(title),
                   plots.add(drawn(family), f"ablation-{engine}-{its_name(family)}-{family.title}", title, caption),
-                  html.table(*_table(family))]  # fmt: skip
+                  html.table(*_table(family), "headline")]  # fmt: skip
     return Section("What each feature is worth", parts) if parts else None
 
 
@@ -166,17 +171,21 @@ def drawn(family: Family) -> Figure:
                 continue
             ratio = variant.over(family.reference, item)
             percent, low, high = (100 * (value - 1) for value in (ratio.median, ratio.low, ratio.high))
-            axes.barh(place, percent, 0.7, **style.part("mlp", variant.engine))
-            ends.append((percent, [] if ratio.once else [low, high], place))
-        reach = 1.5 * max((abs(percent) for percent, _, _ in ends), default=0.0) + 0.5
-        lowest = min((percent for percent, _, _ in ends), default=0.0)
+            ends.append((percent, [] if ratio.once else [low, high], place, variant.engine))
+        most = _most([percent for percent, *_ in ends])
+        reach = 1.5 * most + 0.5
+        lowest = max(min((percent for percent, *_ in ends), default=0.0), -most)
         axes.set_xlim(min(-0.25 * reach, 1.5 * lowest), 1.35 * reach)
-        for percent, whiskers, place in ends:
+        for percent, whiskers, place, engine in ends:
+            cut = abs(percent) > most
+            length = max(-most, min(percent, most))
+            axes.barh(place, length, 0.7, **_look(engine, unsure=bool(whiskers) and whiskers[0] <= 0 <= whiskers[1]))
             # An interval of few rounds may reach far beyond every bar; the table has its ends.
-            shown = [min(end, reach) for end in whiskers]
+            shown = [] if cut else [min(end, reach) for end in whiskers]
             axes.plot(shown, [place] * len(shown), color=style.INK, linewidth=0.9)
-            at = (max(percent, 0.0, *shown), place)
-            axes.annotate(f"{percent:+.1f}", at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+            at = (max(length, 0.0, *shown), place)
+            text = f"{'→ ' if cut and percent > 0 else '← ' if cut else ''}{percent:+,.1f}"
+            axes.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
         axes.axvline(0, color=style.INK, linewidth=0.9)
         axes.set_title(item.replace(", ", "\n"), fontsize=8)
         axes.tick_params(labelsize=7.5)
@@ -185,6 +194,21 @@ def drawn(family: Family) -> Figure:
     first.set_ylim(len(order) - 0.45, -0.55)
     figure.supxlabel(f"% more time than with {its_name(family)}; for rates, % more of them", fontsize=8.5)
     return figure
+
+
+def _most(percents: Sequence[float]) -> float:
+    """How long a panel's longest bar is drawn."""
+    lengths = sorted((abs(percent) for percent in percents), reverse=True)
+    if len(lengths) > 1 and lengths[0] > _FAR * lengths[1] > 0:
+        return 1.5 * lengths[1]
+    return lengths[0] if lengths else 0.0
+
+
+def _look(engine: str, unsure: bool) -> dict[str, Any]:
+    """A bar's arguments: empty where the interval does not say on which side of the line the change is."""
+    if not unsure:
+        return style.part("mlp", engine)
+    return {"facecolor": style.PAGE, "edgecolor": style.color(engine), "linewidth": 0.8}
 
 
 def _table(family: Family) -> tuple[list[str], list[list[html.Cell]]]:

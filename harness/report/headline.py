@@ -10,6 +10,7 @@ from harness.report import html
 from harness.report.data import UNKNOWN, Comparison, Data, Entry, Setting, Shape, comparable, driver_of, machine_of
 from harness.report.html import Section
 
+HOW_TPOT = "TPOT: a call's time less that of one with a single token of output, over the tokens beyond the first"
 _REASON = 80
 """Characters of a reason that a cell has room for."""
 
@@ -177,4 +178,6 @@ def _comparison_caption(comparison: Comparison) -> str:
         f"other, with its 95 % interval {'over launches' if over else 'within these processes'}. "
         f"{comparison.launches} launch{'' if comparison.launches == 1 else 'es'}, {comparison.day}."
     )
+    if any(row.metric == "tpot_ms" for row in comparison.rows):
+        text += f" {HOW_TPOT}, so that it is unsteady where the prompts' part is."
     return text + (f" Took no part: {', '.join(gone)}; the reasons are among the warnings." if gone else "")

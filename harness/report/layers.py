@@ -61,7 +61,7 @@ def heat_section(data: Data, plots: Plots) -> Section | None:
                 caption += " Empty: no such op of its own in this layer."
             parts += [html.heading(f"{setting}: {shape}"),
                       plots.add(_heat(found), f"heat-{setting.slug}-{shape.slug}", title, caption),
-                      html.folded("Numbers: mean over layers", op_table(found))]  # fmt: skip
+                      html.folded("Numbers: mean over the layers that have the op", op_table(found))]  # fmt: skip
     return Section("Layers and ops", parts) if parts else None
 
 
@@ -74,7 +74,7 @@ def op_grid(trace: Trace) -> pd.DataFrame:
 
 
 def op_table(found: Traced) -> str:
-    """Mean over layers of each op's median, a column per engine."""
+    """Mean of each op's median over the layers that have it, a column per engine."""
     means = {entry.label: op_grid(trace).mean(axis=1) for entry, trace in found}
     ops = in_order(list({op for mean in means.values() for op in mean.index}))
     rows = [[op, *(html.number(m[op]) if op in m else "–" for m in means.values())] for op in ops]

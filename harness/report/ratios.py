@@ -78,7 +78,7 @@ def _drawn(comparison: Comparison, found: Found) -> Figure:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(ends) < _SPARSE * min(ends) else (1,)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.set_yticks(range(len(found)), [_name(row) for row, _ in found])
     axes.set_ylim(len(found) - 0.4, -0.6)

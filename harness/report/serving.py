@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -68,13 +70,24 @@ def section(data: Data, plots: Plots) -> Section | None:
         caption = (
             "Solid: median, dashed: 99th percentile, from the moment a request was due. A hollow marker: the queue "
             "still grew, and the latency says how long the pass went on. Goodput: requests per second that kept the "
-            "objectives."
+            f"objectives{objectives(served)}, until the last one was done; so it is below what was offered also where "
+            "all of them did (the table has their share)."
         )
         parts.append(html.heading(str(setting)))
         if any(record["rate"] for _, records in served for record in records):
             parts.append(plots.add(curves(served), f"serving-{setting.slug}", title, caption))
         parts.append(_table(served))
     return Section("Serving", parts) if parts else None
+
+
+def objectives(served: list[tuple[Entry, list[dict]]]) -> str:
+    """In brackets what goodput asks of a request, by each of the workloads; "" where no run tells."""
+    told = []
+    for entry, _ in served:
+        slo = ((entry.run.get("config") or {}).get("workload") or {}).get("slo") or {}
+        told.append(", ".join(f"{LATENCIES[name]} ≤ {most:g} ms" for name, most in slo.items() if most is not None))
+    found = "; or ".join(dict.fromkeys(filter(None, told)))
+    return f" ({found})" if found else ""
 
 
 def curves(served: list[tuple[Entry, list[dict]]]) -> Figure:
@@ -84,12 +97,14 @@ def curves(served: list[tuple[Entry, list[dict]]]) -> Figure:
         _latency(axes, served, name)
     axes, ends = grid[1][1], []
     for entry, records in served:
-        at = sorted((r["rate"], r["goodput_rate"]) for r in records if r["rate"])
-        axes.plot(*zip(*at, strict=True), **style.line(entry.engine, entry.variant))
-        ends.append((*at[-1], entry.label, style.color(entry.engine)))
+        at = sorted((r["rate"], r["goodput_rate"], bool(r["still_growing"])) for r in records if r["rate"])
+        if not at:
+            continue
+        _marked(axes, at, style.line(entry.engine, entry.variant))
+        ends.append((*at[-1][:2], entry.label, style.color(entry.engine)))
     rates = sorted({r["rate"] for _, records in served for r in records if r["rate"]})
     axes.plot(rates, rates, color=style.INK, linewidth=0.8, linestyle=":")
-    axes.set_title("goodput, requests/s (dotted: all)")
+    axes.set_title("goodput, requests/s (dotted: offered)")
     axes.set_ylim(bottom=0)
     for each in grid.flat:
         each.set_xlabel("requests/s offered")
@@ -110,10 +125,7 @@ def _latency(axes: Axes, served: list[tuple[Entry, list[dict]]], name: str) -> N
             )
             if not at:
                 continue
-            axes.plot([a[0] for a in at], [a[1] for a in at], **(look | {"linestyle": stroke, "marker": ""}))
-            for rate, value, growing in at:
-                filling = style.PAGE if growing else style.color(entry.engine)
-                axes.plot(rate, value, **(look | {"linestyle": "", "markerfacecolor": filling}))
+            _marked(axes, at, look | {"linestyle": stroke})
             values += [a[1] for a in at]
             ends.append((at[-1][0], at[-1][1], f"{entry.label} {percentile}", style.color(entry.engine)))
     axes.set_title(f"{LATENCIES[name]}, ms")
@@ -122,14 +134,23 @@ def _latency(axes: Axes, served: list[tuple[Entry, list[dict]]], name: str) -> N
         style.end_labels(axes, ends)
 
 
+def _marked(axes: Axes, at: list[tuple[float, float, bool]], look: dict[str, Any]) -> None:
+    """A line through (rate, value, whether the queue grew), hollow where it did."""
+    axes.plot([a[0] for a in at], [a[1] for a in at], **(look | {"marker": ""}))
+    for rate, value, growing in at:
+        filling = style.PAGE if growing else look["color"]
+        axes.plot(rate, value, **(look | {"linestyle": "", "markerfacecolor": filling}))
+
+
 def _table(served: list[tuple[Entry, list[dict]]]) -> str:
-    header = ["", "latency", "rate /s", "achieved /s", "output tok/s", "goodput", "queue"]
+    header = ["", "latency", "rate /s", "achieved /s", "output tok/s", "goodput /s", "kept objectives", "queue"]
     rows: list[list[html.Cell]] = []
     for entry, records in served:
         for r in records:
             queue = {True: "grows", False: "steady", None: "–"}[r["still_growing"]]
-            of_rate = ["at once" if r["rate"] is None else f"{r['rate']:g}", html.number(r["achieved_rate"]),
-                       html.number(r["output_tok_s"]), f"{r['goodput_share']:.0%}", queue]  # fmt: skip
+            rates = (html.number(r[name]) for name in ("achieved_rate", "output_tok_s", "goodput_rate"))
+            rate = "at once" if r["rate"] is None else f"{r['rate']:g}"
+            of_rate = [rate, *rates, f"{r['goodput_share']:.1%}", queue]
             for name, label in LATENCIES.items():
                 found = [r.get(f"{name}_p{p}") for p in PERCENTILES]
                 cells = ("–" if value is None else html.number(value) for value in found)

@@ -17,6 +17,9 @@ from harness.roofline.costs import Cost, Load, Shapes, cost, layer_cost, step_co
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STEP = "step"
 KEYS = ["phase", "batch_size", "new_tokens", "context_len"]
+_CHOOSES = "sample+embed"
+"""The kernel that draws tokens by sums over tiles of the logits and embeds them. What made the sums, the head or a
+kernel of `sample`, has the logits; this one reads a tile of each row."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,10 @@ def _lines(
     ops = sorted(inside, key=lambda op: [order[part] for part in op.split("+")])
     for op in [*ops, WHOLE_LAYER]:
         if op in times.index:
-            of_op = layer_cost(shapes, load) if op == WHOLE_LAYER else cost(shapes, op, load, products_add)
-            yield _line(op, times.at[op, "source"], times.at[op, "time_us"], of_op, ceilings)
+            source = times.at[op, "source"]
+            counted = "embed" if op == _CHOOSES and source.startswith("cupti") else op
+            of_op = layer_cost(shapes, load) if op == WHOLE_LAYER else cost(shapes, counted, load, products_add)
+            yield _line(op, source, times.at[op, "time_us"], of_op, ceilings)
     timed = shape.get("timed", {})
     if timed.get("status") == "ok":
         yield _line(STEP, f"host, {timed['mode']}", timed["wall_us"], step_cost(shapes, load), ceilings)

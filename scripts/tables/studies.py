@@ -67,7 +67,10 @@ def ablation(folder: str = REFERENCE, kind: str = "without") -> str:
         f"{settings['rounds']} rounds that ran next to each other, with their 95 % interval{within}. Runs: "
         f"{', '.join(f'`{folder}/{path.name}`' for path, *_ in found)}."
     )
-    shown = [picture("ablation", "Change of each call's time without each feature")] * (kind == "without")
+    shown = []
+    if kind == "without":
+        shown = [picture("ablation", "Change of each call's time without each feature")]
+        source += " An empty bar: the interval reaches over the line. An arrow: the bar is cut off."
     return "\n\n".join([*shown, markdown([f"fused {kind}", *references], body), source, *reasons])
 
 
@@ -156,8 +159,9 @@ def serving(folder: str = REFERENCE) -> str:
     source = (
         f"One {machine(first)}, {first['model']}, {first['dtype']}: {first['serving'][0]['requests']} requests at each "
         f"rate, {first['config']['workload']['arrivals']} arrivals, the same for every engine, one engine after the "
-        f"other. Latencies count from the moment at which a request was due. Goodput: requests with {bounds}. Where "
-        f"the queue grows, the rate is more than the engine can do. Runs: `{folder}`."
+        f"other. Latencies count from the moment at which a request was due. Goodput: requests with {bounds}, as a "
+        f"share of all; in the picture how many a second until the last one was done. Where the queue grows (a hollow "
+        f"marker), the rate is more than the engine can do. Runs: `{folder}`."
     )
     head = ["requests/s", "engine", "TTFT ms p50", "p99", "TPOT ms p50", "p99", "end to end ms p50", "p99"]
     head += ["output tok/s", "goodput", "queue"]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pandas as pd
@@ -22,9 +23,10 @@ from test_runner import TINY, silent
 
 from harness.config import compose
 from harness.ops.__main__ import run as study
-from harness.report import doubts, latency, style
+from harness.report import ablation, doubts, latency, serving, style
 from harness.report.__main__ import BAD_INPUT, OK, main, plots_folder
 from harness.report.data import Data
+from harness.report.headline import Value
 from harness.report.labels import feature_set
 from harness.report.page import page
 from harness.report.report import Report
@@ -506,6 +508,45 @@ def test_features_are_weighed_against_the_baseline(tmp_path: Path) -> None:
     ]
     assert tables[1].rows[1][1].endswith("0.750× (0.750 – 0.750)")
     assert "Comparison" not in found.headings  # the same ratios
+
+
+def test_bars_of_features_tell_what_is_sure_and_hide_nothing() -> None:
+    """One that dwarfs the others is cut off; one whose interval reaches over the line is empty."""
+    ratios = {"graphs": (15.0, 14.0, 16.0), "norm": (1.3, 1.2, 1.4), "loop": (1.1, 0.9, 1.3)}
+    every = tuple(ratios)
+    reference = ablation.Variant("all", "fused", every, {"ms": Value(1, 1, 1)}, {})
+    others = [
+        ablation.Variant(name, "fused", tuple(f for f in every if f != name), {"ms": Value(1, 1, 1)},
+                         {"ms": Value(*ratio)})
+        for name, ratio in ratios.items()
+    ]  # fmt: skip
+    style.use()
+    [axes] = ablation.drawn(ablation.Family("toy", reference, others)).axes
+    assert [text.get_text() for text in axes.texts] == ["→ +1,400.0", "+30.0", "+10.0"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([45, 30, 10])
+    empty = [bar.get_facecolor() == matplotlib.colors.to_rgba(style.PAGE) for bar in axes.patches]
+    assert empty == [False, False, True]
+
+
+def test_goodput_tells_its_objectives_and_the_share_that_kept_them(tmp_path: Path) -> None:
+    served = [
+        {"rate": rate, "achieved_rate": 3.0, "output_tok_s": 99.0, "goodput_share": share, "goodput_rate": 3.0 * share,
+         "still_growing": growing, **{f"{name}_p50": 5.0 for name in serving.LATENCIES}}
+        for rate, share, growing in ((4.0, 1.0, False), (8.0, 0.5, True))
+    ]  # fmt: skip
+    config = {**record()["config"], "workload": {"slo": {"ttft_ms": 200.0, "tpot_ms": None}}}
+    write(tmp_path / "run", record(config=config, serving=served))
+    found = Report([tmp_path / "run"], tmp_path / "plots").serving()
+    text = found._repr_html_()  # type: ignore[union-attr]
+    assert "kept the objectives (TTFT ≤ 200 ms)" in text
+    [table] = shown(tmp_path / "run", tmp_path, ("serving",)).tables
+    shares = [row[table.header.index("goodput /s")] + ", " + row[table.header.index("kept objectives")]
+              for row in table.rows if row[table.header.index("rate /s")]]  # fmt: skip
+    assert shares == ["3.000, 100.0%", "1.500, 50.0%"]
+    entry = next(Data.read(tmp_path / "run").entries)
+    goodput = serving.curves([(entry, served)]).axes[-1]
+    filled = [line.get_markerfacecolor() for line in goodput.lines if line.get_marker() not in ("", "None")]
+    assert filled == [style.color("nano"), style.PAGE]
 
 
 def test_feature_sets_in_words() -> None:

@@ -240,6 +240,24 @@ def test_a_last_layer_of_few_rows_is_not_counted_as_one_of_all_tokens(tmp_path: 
     assert line.time_us == pytest.approx(40.0 if features else mean)
 
 
+def test_a_draw_by_sums_over_tiles_reads_no_logits(tmp_path: Path) -> None:
+    """They are counted where they are read, in the kernel before; the eager site holds both kernels."""
+    folder = small_run(tmp_path / "run")
+    found = {}
+    for source in ("cupti", "cuda_event"):
+        writer = RunWriter(tmp_path / source, "run")
+        writer.add_layers(
+            [row for op in ("sample", "sample+embed", "embed") for row in rows(source, "graph", op, -1, [2.0])]
+        )
+        writer.flush()
+        (tmp_path / source / "layers.parquet").replace(folder / "layers.parquet")
+        runs = load(folder)
+        [shape] = lines(runs, runs.runs[0], TOY)
+        found[source] = {line.op: line.cost.bytes for line in shape.lines}
+    assert found["cupti"]["sample+embed"] == found["cupti"]["embed"]
+    assert found["cuda_event"]["sample+embed"] > found["cuda_event"]["sample"] > found["cupti"]["embed"]
+
+
 def test_a_run_on_several_gpus_is_refused(tmp_path: Path) -> None:
     config = dataclasses.asdict(compose(["model=tiny", "engine=nano", "+engine.options.tensor_parallel_size=2"]))
     runs = load(small_run(tmp_path / "run", config=config))

@@ -155,7 +155,7 @@ def test_arrivals_stand_by_rate_and_energy_by_step(tmp_path: Path) -> None:
     table = studies.serving(str(tmp_path))
     row = "1.0 | 2.0 | 3.0 | 4.0 | 5.0 | 6.0 | 1,234 | 50% | grows |"
     assert table.index(f"| 20 | fused | {row}") < table.index(f"| 40 | nano | {row}")
-    assert "TTFT up to 200 ms. Where" in table
+    assert "TTFT up to 200 ms, as a share of all; " in table
     assert table.count("| 20 | fused") == 1 and f", {MODEL}, " in table and "another" not in table
     assert studies.energy(str(tmp_path)).splitlines()[:3] == [
         "| step | fused | nano |", "|---|---:|---:|",
