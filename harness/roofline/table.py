@@ -17,9 +17,10 @@ from harness.roofline.costs import Cost, Load, Shapes, cost, layer_cost, step_co
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STEP = "step"
 KEYS = ["phase", "batch_size", "new_tokens", "context_len"]
-_CHOOSES = "sample+embed"
-"""The kernel that draws tokens by sums over tiles of the logits and embeds them. What made the sums, the head or a
-kernel of `sample`, has the logits; this one reads a tile of each row."""
+_DRAWS = "sample+embed"
+_SUMS = "tile_stats"
+"""In the name of the kernel that reads all logits to draw from. Where the head has made its sums, the kernel that draws
+reads a tile of each row."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,18 @@ def _lines(
 ) -> Iterator[Line]:
     load = load_of(shape)
     key = (shape["phase"], load.batch_size, load.new_tokens, load.context_len)
-    times = op_times(layers[(layers[KEYS] == list(key)).all(axis=1)])
+    here = layers[(layers[KEYS] == list(key)).all(axis=1)]
+    times = op_times(here)
+    drawing = here.loc[(here["op"] == _DRAWS) & (here["source"] == "cupti"), "kernels"]
+    few_logits = len(drawing) > 0 and not drawing.str.contains(_SUMS).any()
     order = {op: place for place, op in enumerate(OPS)}
     inside = [op for op in times.index if op != WHOLE_LAYER]
     ops = sorted(inside, key=lambda op: [order[part] for part in op.split("+")])
     for op in [*ops, WHOLE_LAYER]:
         if op in times.index:
-            source = times.at[op, "source"]
-            counted = "embed" if op == _CHOOSES and source.startswith("cupti") else op
+            counted = "embed" if op == _DRAWS and few_logits else op
             of_op = layer_cost(shapes, load) if op == WHOLE_LAYER else cost(shapes, counted, load, products_add)
-            yield _line(op, source, times.at[op, "time_us"], of_op, ceilings)
+            yield _line(op, times.at[op, "source"], times.at[op, "time_us"], of_op, ceilings)
     timed = shape.get("timed", {})
     if timed.get("status") == "ok":
         yield _line(STEP, f"host, {timed['mode']}", timed["wall_us"], step_cost(shapes, load), ceilings)

@@ -241,21 +241,26 @@ def test_a_last_layer_of_few_rows_is_not_counted_as_one_of_all_tokens(tmp_path: 
 
 
 def test_a_draw_by_sums_over_tiles_reads_no_logits(tmp_path: Path) -> None:
-    """They are counted where they are read, in the kernel before; the eager site holds both kernels."""
+    """They are counted where they are read: in the head, or in a kernel of the draw; the eager site holds both."""
     folder = small_run(tmp_path / "run")
     found = {}
-    for source in ("cupti", "cuda_event"):
-        writer = RunWriter(tmp_path / source, "run")
-        writer.add_layers(
-            [row for op in ("sample", "sample+embed", "embed") for row in rows(source, "graph", op, -1, [2.0])]
-        )
+    for case, source, kernels in (
+        ("by the head's", "cupti", "choose_token_embed_kernel"),
+        ("by its own", "cupti", "tile_stats_kernel; choose_token_embed_kernel"),
+        ("eager", "cuda_event", ""),
+    ):
+        writer = RunWriter(tmp_path / case, "run")
+        for op in ("sample", "sample+embed", "embed"):
+            made = rows(source, "graph", op, -1, [2.0])
+            writer.add_layers([{**row, "kernels": kernels if op == "sample+embed" else ""} for row in made])
         writer.flush()
-        (tmp_path / source / "layers.parquet").replace(folder / "layers.parquet")
+        (tmp_path / case / "layers.parquet").replace(folder / "layers.parquet")
         runs = load(folder)
         [shape] = lines(runs, runs.runs[0], TOY)
-        found[source] = {line.op: line.cost.bytes for line in shape.lines}
-    assert found["cupti"]["sample+embed"] == found["cupti"]["embed"]
-    assert found["cuda_event"]["sample+embed"] > found["cuda_event"]["sample"] > found["cupti"]["embed"]
+        found[case] = {line.op: line.cost.bytes for line in shape.lines}
+    assert found["by the head's"]["sample+embed"] == found["by the head's"]["embed"]
+    for case in ("by its own", "eager"):
+        assert found[case]["sample+embed"] > found[case]["sample"] > found[case]["embed"]
 
 
 def test_a_run_on_several_gpus_is_refused(tmp_path: Path) -> None:
