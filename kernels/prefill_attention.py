@@ -30,6 +30,7 @@ from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import HAVE_TRITON, runs_triton, tl, triton
+from kernels.causal_attention import reference as causal_attention_reference
 from kernels.qk_norm_rope_cache import reference as qk_norm_rope_cache_reference
 from kernels.qk_norm_rope_cache import saved_bytes as rope_saved_bytes
 
@@ -48,16 +49,11 @@ def reference(
     eps: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch, computed in float32."""
-    rotated = qk_norm_rope_cache_reference(
+    q, k, v = qk_norm_rope_cache_reference(
         qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads, head_dim,
         eps, return_kv=True,
     )  # fmt: skip
-    q, k, v = (x.float().transpose(0, 1) for x in rotated)
-    k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
-    row = torch.arange(len(positions), device=qkv.device)
-    seen = (row >= (row - positions)[:, None]) & (row <= row[:, None])
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1).to(qkv.dtype)
+    return causal_attention_reference(q, k, v, positions, scale).flatten(1)
 
 
 @triton.jit
