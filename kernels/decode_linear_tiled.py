@@ -105,9 +105,12 @@ def decode_linear_tiled_kernel(
         w_row = tl.minimum(first_column + n, out - 1)
     w_row = w_row.to(tl.int64)
     row = tile % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_row = tl.minimum(row, rows - 1).to(tl.int64)
+    is_row = row < rows
+    # Surplus rows read others again: all of them the last one, and all programs would wait for the same few lines. A
+    # mask costs more, also where no row is surplus.
+    x_row = (row % rows).to(tl.int64)
     offset = row[:, None].to(tl.int64) * out + column[None, :]
-    stored = (row < rows)[:, None] & (column < out)[None, :]
+    stored = is_row[:, None] & (column < out)[None, :]
     PART: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     EVEN: tl.constexpr = PART * SPLIT_K == K
     k0 = split * PART + tl.arange(0, BLOCK_K)
@@ -200,7 +203,7 @@ def decode_linear_tiled_kernel(
             value = tl.where(stored, rounded.to(tl.float32), 0.0)
             tl.store(next_rows + offset, (value * gamma).to(y.dtype.element_ty), mask=stored)
             sums = next_squares + tile // row_blocks * rows + row
-            tl.store(sums, tl.sum(value * value, axis=1), mask=row < rows)
+            tl.store(sums, tl.sum(value * value, axis=1), mask=is_row)
 
 
 @lru_cache
