@@ -72,7 +72,7 @@ class LLM(NanoLLM):
             if is_prefill:
                 self._run(sequences, is_prefill)
                 return
-            flight = self.runner.launch(sequences)
+            flight = self.runner.launch(longest_first(sequences))
         self._launch_ahead(flight)
         self._land(flight)
 
@@ -119,6 +119,11 @@ class LLM(NanoLLM):
     def close(self) -> None:
         self._flight = None
         super().close()
+
+
+def longest_first(sequences: list[Sequence]) -> list[Sequence]:
+    """In the order in which attention takes least time: rows start in theirs, and what starts last should be short."""
+    return sorted(sequences, key=len, reverse=True)
 
 
 def ends(sequence: Sequence) -> bool:

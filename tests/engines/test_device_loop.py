@@ -49,6 +49,28 @@ def test_the_next_step_is_launched_before_one_is_read(monkeypatch, prompts):
     assert ahead == [True, True, True, False]  # the last step is known to be the last
 
 
+def test_the_longest_contexts_come_first(monkeypatch, prompts, expected):
+    """In every step, also where the sequences that a step has change, and whatever order they came in."""
+    llm = engine()
+    orders = []
+    launch = llm.runner.launch
+
+    def noted(sequences, *unread):
+        orders.append([len(s) for s in sequences])
+        return launch(sequences, *unread)
+
+    monkeypatch.setattr(llm.runner, "launch", noted)
+    sampling = SamplingParams(temperature=0.0, ignore_eos=True)
+    sizes = (MANY, 4, 9)  # the shortest prompt came first and stays longest
+    requests = [
+        Request(f"{i}", tuple(p), replace(sampling, max_tokens=n))
+        for i, (p, n) in enumerate(zip(prompts, sizes, strict=True))
+    ]
+    assert tokens_of(llm, requests) == [tokens[:n] for tokens, n in zip(expected, sizes, strict=True)]
+    assert len(orders[0]) == 3 and len(orders[-1]) == 1
+    assert all(order == sorted(order, reverse=True) for order in orders)
+
+
 def test_without_the_device_loop_each_step_is_read_first(monkeypatch, prompts, expected):
     llm = engine(options={"features": ("attention", "norm_qkv")})
     read = Flight.read
