@@ -27,13 +27,13 @@ from engines.nano.graphs import DecodeGraphs
 from engines.nano.models.decoder import Decoder
 from engines.nano.sequence import Sequence
 
-TOKEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+TOKEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Reading the weights bounds steps up to about 256 tokens, and padding costs nothing; above, it costs its share. Up to
 the last size the host takes longer to launch a step than padding costs."""
 FULL_STEP = 16384
 """Tokens: a budget of up to so many has a graph too, for steps that use nearly all of it."""
 FULL = 63 / 64
-MAX_SEQUENCES = 16
+MAX_SEQUENCES = 64
 FEW_TOKENS = 256
 """Steps of up to so many tokens try decode's kernels for their products, which are measured for so many rows."""
 

@@ -165,8 +165,8 @@ def test_smallest_size_that_holds_the_step(runner):
 def test_sizes_end_at_the_largest_step():
     assert token_sizes(100) == (16, 32, 64, 100)
     assert token_sizes(64) == (16, 32, 64)
-    assert token_sizes(16384)[-2:] == (4096, 16384)
-    assert token_sizes(16385)[-1] == 4096
+    assert token_sizes(16384)[-2:] == (8192, 16384)
+    assert token_sizes(16385)[-1] == 8192
 
 
 def test_a_large_graph_runs_full_steps_only(runner, monkeypatch):
