@@ -16,10 +16,15 @@ score, softmax and sums are float32.
 Fused: all between the projections. A program takes a few rows of the query heads that share a kv head, and norms and
 rotates their keys again in each program: little work while prompts are short, for which two launches, a read and a
 write of everything are saved.
+
+What takes time is one load waiting for another. So angles, slots and gammas, which nothing before in the chain writes,
+come before the wait; keys and values of the first tile are asked for behind it at once; up to 128 keys are one tile. A
+program writes those keys of its tiles to the cache that are its own rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -29,18 +34,30 @@ from kernels._checks import check_cache_write, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import HAVE_TRITON, runs_triton, tl, triton
+from kernels._triton import HAVE_TRITON, INTERPRETED, runs_triton, tl, triton
 from kernels.causal_attention import reference as causal_attention_reference
 from kernels.qk_norm_rope_cache import reference as qk_norm_rope_cache_reference
 from kernels.qk_norm_rope_cache import saved_bytes as rope_saved_bytes
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2_E = 1.4426950408889634
-BLOCK_T, BLOCK_N = 16, 64
-"""Tokens of a program, and keys that it takes at a time."""
-WARPS = 8
-SHARED_BYTES = 400, 16
-"""Of shared memory a program takes at most, for each byte of a head: so much, and so much more for each query head of
-a group. From compiling for sm_80 to sm_90 with groups of 2 to 8 and heads of 128 and 256."""
+PROGRAMS = 128
+"""Make no more programs, about one for each multiprocessor, where tiles of up to MOST_ROWS rows (of tokens and heads)
+can: each repeats the work on its keys, and has so many of them to hold that two rarely fit beside one another."""
+MOST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How it is launched; only time depends on it, and the order of sums.
+
+    block_t: tokens of a program, for each of the query heads that share a kv head
+    block_n: keys that it takes at a time
+    """
+
+    block_t: int
+    block_n: int
+    num_warps: int
 
 
 def reference(
@@ -57,42 +74,77 @@ def reference(
 
 
 @triton.jit
-def _rotated(source, weight, d, cos, sin, mask, eps, HALF: tl.constexpr):
-    """Both halves [rows, HALF] of heads at `source`, normed and rotated, in the dtype that they have there."""
-    raw_a = tl.load(source, mask=mask, other=0.0)
-    raw_b = tl.load(source + HALF, mask=mask, other=0.0)
+def _gammas(weight, d, HALF: tl.constexpr):
+    """Both halves [1, HALF] of a norm's gammas, in float32."""
+    gamma_a = tl.load(weight + d, mask=d < HALF, other=0.0).to(tl.float32)
+    gamma_b = tl.load(weight + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
+    return gamma_a[None, :], gamma_b[None, :]
+
+
+@triton.jit
+def _angles(cos_sin, position, d, mask, HALF: tl.constexpr):
+    """Cosines and sines [rows, HALF] of the rows' positions."""
+    angle = cos_sin + position.to(tl.int32)[:, None] * (2 * HALF) + d[None, :]
+    inside = mask[:, None] & (d < HALF)[None, :]
+    return tl.load(angle, mask=inside, other=0.0), tl.load(angle + HALF, mask=inside, other=0.0)
+
+
+@triton.jit
+def _rotated(raw_a, raw_b, gamma_a, gamma_b, cos, sin, eps, HALF: tl.constexpr):
+    """Both halves [rows, HALF] of heads, normed and rotated, in the dtype that they have."""
     a = raw_a.to(tl.float32)
     b = raw_b.to(tl.float32)
-    if weight is not None:
-        gamma_a = tl.load(weight + d, mask=d < HALF, other=0.0).to(tl.float32)
-        gamma_b = tl.load(weight + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
-        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)
-        a = a * scale[:, None] * gamma_a[None, :]
-        b = b * scale[:, None] * gamma_b[None, :]
+    if gamma_a is not None:
+        scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * HALF) + eps)[:, None]
+        a = a * scale * gamma_a
+        b = b * scale * gamma_b
     return (a * cos - b * sin).to(raw_a.dtype), (b * cos + a * sin).to(raw_a.dtype)
 
 
 @triton.jit
-def _angles(cos_sin, positions, row, d, mask, HALF: tl.constexpr):
-    angle = cos_sin + tl.load(positions + row, mask=mask, other=0).to(tl.int64)[:, None] * (2 * HALF) + d[None, :]
-    inside = mask[:, None] & (d < HALF)[None, :]
-    return tl.load(angle, mask=inside, other=0.0), tl.load(angle + HALF, mask=inside, other=0.0)
+def _tile(source, mask, n, d, wide_d, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """As they are: both halves of n keys [BLOCK_N, HALF] from `source` on, and their values [BLOCK_N, HEAD_DIM]."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    rows = source + n[:, None] * WIDTH
+    in_half = mask[:, None] & (d < HALF)[None, :]
+    k_a = tl.load(rows + d[None, :], mask=in_half, other=0.0)
+    k_b = tl.load(rows + HALF + d[None, :], mask=in_half, other=0.0)
+    in_head = mask[:, None] & (wide_d < HEAD_DIM)[None, :]
+    return k_a, k_b, tl.load(rows + KV_HEADS * HEAD_DIM + wide_d[None, :], mask=in_head, other=0.0)
+
+
+@triton.jit
+def _arrived(x):
+    """x, of which the compiler does not see that it is loaded: it would put it into shared memory right behind the
+    load, where all else would wait for it."""
+    if _INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+        )
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def prefill_attention_kernel(
     qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, o, tokens, eps, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, DEPENDENT: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, ONE_TILE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of one kv head and its query heads, of which GROUP rows each are made (a power of two)."""
+    """BLOCK_T tokens of one kv head and its query heads, of which GROUP rows each are made (a power of two).
+
+    ONE_TILE: all tokens of the step are keys of the first tile.
+    """
     let_next_start(DEPENDENT)
     HALF: tl.constexpr = HEAD_DIM // 2
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     kv_head = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_T
+    end = tl.minimum(first_row + BLOCK_T, tokens)
     d = tl.arange(0, BLOCK_HALF)
-    in_half = d < HALF
+    wide_d = tl.arange(0, 2 * BLOCK_HALF)
+    in_half = (d < HALF)[None, :]
+    in_head = (wide_d < HEAD_DIM)[None, :]
 
     # Queries: the heads of one token side by side.
     m = tl.arange(0, GROUP * BLOCK_T)
@@ -102,73 +154,108 @@ def prefill_attention_kernel(
     is_head = in_rows & (m % GROUP < HEADS // KV_HEADS)
     position = tl.load(positions + row, mask=in_rows, other=0).to(tl.int32)
     start = row - position
-    q_cos, q_sin = _angles(cos_sin, positions, row, d, in_rows, HALF)
-    own = first_row + tl.arange(0, BLOCK_T)
-    own_cos, own_sin = _angles(cos_sin, positions, own, d, own < tokens, HALF)
-    slot = tl.load(slot_mapping + own, mask=own < tokens, other=-1).to(tl.int64)
     first_key = tl.min(tl.where(in_rows, start, tokens), axis=0)
-    end = tl.minimum(first_row + BLOCK_T, tokens)
+    # Where one tile holds all tokens, its positions are asked for without those of the rows.
+    first_tile = 0 if ONE_TILE else first_key
+    n = tl.arange(0, BLOCK_N)
+    key = first_tile + n
+    key_position = tl.load(positions + key, mask=key < end, other=0)
+    if not ONE_TILE:
+        next_position = tl.load(positions + key + BLOCK_N, mask=key + BLOCK_N < end, other=0)
+    cos, sin = _angles(cos_sin, key_position, d, key < end, HALF)
+    q_cos, q_sin = _angles(cos_sin, position, d, in_rows, HALF)
+    # The program's own keys and values go to the cache.
+    slot = tl.load(slot_mapping + key, mask=(key >= first_row) & (key < end), other=-1)
+    q_gamma_a = None
+    q_gamma_b = None
+    k_gamma_a = None
+    k_gamma_b = None
+    if q_weight is not None:
+        q_gamma_a, q_gamma_b = _gammas(q_weight, d, HALF)
+        k_gamma_a, k_gamma_b = _gammas(k_weight, d, HALF)
 
     wait_for_previous(DEPENDENT)
-    q_mask = is_head[:, None] & in_half[None, :]
     q_source = qkv + row.to(tl.int64)[:, None] * WIDTH + (head * HEAD_DIM)[:, None] + d[None, :]
-    q_a, q_b = _rotated(q_source, q_weight, d, q_cos, q_sin, q_mask, eps, HALF)
-
-    # The program's own keys and values go to the cache.
-    k_source = qkv + (HEADS + kv_head) * HEAD_DIM + d[None, :]
-    own_source = k_source + own.to(tl.int64)[:, None] * WIDTH
-    own_mask = (own < tokens)[:, None] & in_half[None, :]
-    own_a, own_b = _rotated(own_source, k_weight, d, own_cos, own_sin, own_mask, eps, HALF)
-    cached = (slot[:, None] * KV_HEADS + kv_head) * HEAD_DIM + d[None, :]
-    written = (slot >= 0)[:, None] & in_half[None, :]
-    tl.store(k_cache + cached, own_a, mask=written)
-    tl.store(k_cache + cached + HALF, own_b, mask=written)
-    own_values = own_source + KV_HEADS * HEAD_DIM
-    tl.store(v_cache + cached, tl.load(own_values, mask=own_mask, other=0.0), mask=written)
-    tl.store(v_cache + cached + HALF, tl.load(own_values + HALF, mask=own_mask, other=0.0), mask=written)
+    q_mask = is_head[:, None] & in_half
+    q_a = tl.load(q_source, mask=q_mask, other=0.0)
+    q_b = tl.load(q_source + HALF, mask=q_mask, other=0.0)
+    source = qkv + (HEADS + kv_head) * HEAD_DIM
+    if not ONE_TILE:
+        source += first_key.to(tl.int64) * WIDTH
+    loaded = (key >= first_key) & (key < end)
+    k_a, k_b, v = _tile(source, loaded, n, d, wide_d, WIDTH, KV_HEADS, HEAD_DIM)
+    q_a, q_b = _rotated(q_a, q_b, q_gamma_a, q_gamma_b, q_cos, q_sin, eps, HALF)
 
     top = tl.full([GROUP * BLOCK_T], -1e30, tl.float32)  # finite: a row may see nothing of a tile
     total = tl.zeros([GROUP * BLOCK_T], tl.float32)
-    o_a = tl.zeros([GROUP * BLOCK_T, BLOCK_HALF], tl.float32)
-    o_b = tl.zeros([GROUP * BLOCK_T, BLOCK_HALF], tl.float32)
-    for tile in range(first_key, end, BLOCK_N):
-        key = tile + tl.arange(0, BLOCK_N)
-        mask = (key < end)[:, None] & in_half[None, :]
-        source = k_source + key.to(tl.int64)[:, None] * WIDTH
-        cos, sin = _angles(cos_sin, positions, key, d, key < end, HALF)
-        k_a, k_b = _rotated(source, k_weight, d, cos, sin, mask, eps, HALF)
-        v_a = tl.load(source + KV_HEADS * HEAD_DIM, mask=mask, other=0.0)
-        v_b = tl.load(source + KV_HEADS * HEAD_DIM + HALF, mask=mask, other=0.0)
-        scores = dot(q_a, tl.trans(k_a), tl.zeros([GROUP * BLOCK_T, BLOCK_N], tl.float32))
-        scores = dot(q_b, tl.trans(k_b), scores) * scale
+    sums = tl.zeros([GROUP * BLOCK_T, 2 * BLOCK_HALF], tl.float32)
+    for tile in tl.range(first_tile, end, BLOCK_N, num_stages=1):
+        key = tile + n
+        keys_a, keys_b = _rotated(k_a, k_b, k_gamma_a, k_gamma_b, cos, sin, eps, HALF)
+        values = v
+        place = ((slot.to(tl.int64) * KV_HEADS + kv_head) * HEAD_DIM)[:, None]
+        written = (slot >= 0)[:, None]
+        tl.store(k_cache + place + d[None, :], keys_a, mask=written & in_half)
+        tl.store(k_cache + place + HALF + d[None, :], keys_b, mask=written & in_half)
+        if not ONE_TILE:  # the next tile, whose positions are there, comes while this one is multiplied
+            following = key + BLOCK_N
+            cos, sin = _angles(cos_sin, next_position, d, following < end, HALF)
+            next_position = tl.load(positions + following + BLOCK_N, mask=following + BLOCK_N < end, other=0)
+            slot = tl.load(slot_mapping + following, mask=(following >= first_row) & (following < end), other=-1)
+            source += BLOCK_N * WIDTH
+            k_a, k_b, v = _tile(source, following < end, n, d, wide_d, WIDTH, KV_HEADS, HEAD_DIM)
+        scores = dot(q_a, tl.trans(keys_a), tl.zeros([GROUP * BLOCK_T, BLOCK_N], tl.float32))
+        scores = dot(q_b, tl.trans(keys_b), scores) * scale
+        values = _arrived(values)
+        tl.store(v_cache + place + wide_d[None, :], values, mask=written & in_head)
         seen = (key[None, :] >= start[:, None]) & (key[None, :] <= row[:, None])
         scores = tl.where(seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
+        sums = dot(weights.to(values.dtype), values, sums * shrink[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
-        weights = weights.to(v_a.dtype)
-        o_a = dot(weights, v_a, o_a * shrink[:, None])
-        o_b = dot(weights, v_b, o_b * shrink[:, None])
         top = new_top
 
     total = tl.where(total > 0, total, 1.0)[:, None]  # rows beyond the last
-    to_o = o + row.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + d[None, :]
-    tl.store(to_o, (o_a / total).to(o.dtype.element_ty), mask=q_mask)
-    tl.store(to_o + HALF, (o_b / total).to(o.dtype.element_ty), mask=q_mask)
+    to_o = o + row.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + (head * HEAD_DIM)[:, None] + wide_d[None, :]
+    tl.store(to_o, (sums / total).to(o.dtype.element_ty), mask=is_head[:, None] & in_head)
+
+
+def keys_of_a_tile(head_dim: int, element_bytes: int) -> tuple[int, int]:
+    """At most, as registers hold them: of a tile that has a step's all, and of one beside which the next is loaded."""
+    if element_bytes == 4:  # at full precision, on the ordinary cores
+        return 32, 16
+    return (128, 64) if head_dim <= 128 else (64, 32)
+
+
+def default_launch(tokens: int, heads: int, kv_heads: int, head_dim: int, element_bytes: int) -> Launch:
+    """From shapes alone."""
+    group = _padded(heads // kv_heads)
+    block_t = max(1, 16 // group)
+    while block_t * group < MOST_ROWS and -(-tokens // block_t) * kv_heads > PROGRAMS:
+        block_t *= 2
+    alone, beside = keys_of_a_tile(head_dim, element_bytes)
+    block_n = max(16, _padded(tokens)) if tokens <= alone else beside
+    return Launch(block_t, block_n, 8 if block_n * head_dim * element_bytes > 32 * 128 * 2 else 4)
+
+
+def _padded(number: int) -> int:
+    """The power of two from `number` on."""
+    return 1 << (number - 1).bit_length()
 
 
 def prefill_attention(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos_sin: Tensor, positions: Tensor,
     slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, num_heads: int, num_kv_heads: int, head_dim: int,
-    eps: float, scale: float, dependent: bool = False,
+    eps: float, scale: float, dependent: bool = False, launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of whole sequences [tokens, heads * head_dim] from their joint projection; shapes as in this module's
     docstring.
 
     `dependent`: start while the kernel before it in the stream still runs, where the GPU can; it is waited for, but
-    positions, slots and the table must have been written before it started. ValueError if the arguments do not fit;
-    positions and slots, which lie on the device, are not checked against their tables.
+    positions, slots and the table must have been written before it started. `launch` overrides the default. ValueError
+    if the arguments do not fit; positions and slots, which lie on the device, are not checked against their tables.
     """
     check_qkv(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
     tokens = qkv.shape[0]
@@ -183,24 +270,24 @@ def prefill_attention(
     o = torch.empty((tokens, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens > 0:
         depends = dependent and can_depend(qkv.device)
-        prefill_attention_kernel[(-(-tokens // BLOCK_T), num_kv_heads)](
+        launch = launch or default_launch(tokens, num_heads, num_kv_heads, head_dim, qkv.element_size())
+        prefill_attention_kernel[(-(-tokens // launch.block_t), num_kv_heads)](
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, o, tokens, eps, scale * LOG2_E,
-            HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-            GROUP=1 << (num_heads // num_kv_heads - 1).bit_length(), BLOCK_T=BLOCK_T,
-            BLOCK_N=BLOCK_N if qkv.element_size() == 2 else BLOCK_N // 2,
-            BLOCK_HALF=max(16, 1 << (head_dim // 2 - 1).bit_length()), DEPENDENT=depends, num_warps=WARPS,
+            HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, GROUP=_padded(num_heads // num_kv_heads),
+            BLOCK_T=launch.block_t, BLOCK_N=launch.block_n, BLOCK_HALF=max(16, _padded(head_dim // 2)),
+            ONE_TILE=tokens <= launch.block_n, DEPENDENT=depends, num_warps=launch.num_warps,
             **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     return o
 
 
 def fits(num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int, device: torch.device) -> bool:
-    """Whether a program has room on this GPU: small ones have 99 KiB of shared memory, and large groups want more."""
+    """Whether the largest program of a default launch has room in this GPU's shared memory: keys, values and twice its
+    rows (queries, weights). Small GPUs have 64 or 99 KiB."""
     if device.type != "cuda" or not HAVE_TRITON:
         return True
-    per_byte, per_head = SHARED_BYTES
-    group = 1 << (num_heads // num_kv_heads - 1).bit_length()
-    wanted = head_dim * element_bytes * (per_byte + per_head * group)
+    rows = max(MOST_ROWS, _padded(num_heads // num_kv_heads))
+    wanted = _padded(head_dim) * element_bytes * 2 * (max(keys_of_a_tile(head_dim, element_bytes)) + rows)
     return bool(wanted <= _shared_memory_bytes(device))
 
 

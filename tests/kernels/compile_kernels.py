@@ -75,7 +75,10 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         for rows, hidden, dtype in ((128, 1024, torch.bfloat16), (4096, 1024, torch.bfloat16), (3, 100, torch.float16)):
             x = torch.empty(rows, hidden, dtype=dtype, device=META)
             kernels.rms_norm(x, x[0], 1e-6, dependent=True)
-        prefill_attention(128, 16, 8, 128, torch.bfloat16, norm=True)
+        for tokens in (1, 64, 128, 256):
+            prefill_attention(tokens, 16, 8, 128, torch.bfloat16, norm=True)
+        prefill_attention(200, 64, 8, 128, torch.bfloat16, norm=True)
+        prefill_attention(200, 4, 4, 256, torch.bfloat16, norm=True)
         prefill_attention(40, 14, 2, 64, torch.float16, norm=False)
         prefill_attention(9, 4, 4, 20, torch.float32, norm=True)
         for head_dim, dtype in ((128, torch.bfloat16), (128, torch.float32), (80, torch.float16)):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import FUSIONS, prefill_attention
-from kernels.prefill_attention import fits
+from kernels.prefill_attention import Launch, default_launch, fits
 from tests.kernels.test_qk_norm_rope_cache import EPS, angles, expected_heads
 
 MODULE = sys.modules["kernels.prefill_attention"]
@@ -22,7 +22,7 @@ class Case:
         tokens = sum(lengths) + padding
         self.qkv = randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype, scale=2)
         self.gammas = (randn(dim, dtype=dtype), randn(dim, dtype=dtype)) if norm else (None, None)
-        self.table = angles(dim, device)
+        self.table = angles(dim, device, max(1, *lengths, 1))
         positions = [*(p for length in lengths for p in range(length)), *[0] * padding]
         self.positions = torch.tensor(positions, dtype=torch.int32, device=device)
         blocks = tokens // BLOCK + 2
@@ -31,11 +31,12 @@ class Case:
         self.slots = slots.to(device)
         self.caches = [randn(blocks, BLOCK, kv_heads, dim, dtype=dtype) for _ in range(2)]
 
-    def run(self, function):
+    def run(self, function, **how):
         caches = [cache.clone() for cache in self.caches]
         scale = self.sizes[2] ** -0.5
         o = function(
-            self.qkv, *self.gammas, self.table, self.positions, self.slots, *caches, *self.sizes, EPS, scale
+            self.qkv, *self.gammas, self.table, self.positions, self.slots, *caches, *self.sizes, EPS, scale,
+            **how,
         )  # fmt: skip
         return o, caches
 
@@ -64,11 +65,16 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-def test_values_and_cache(case, norm, dtype, device, randn, assert_close, monkeypatch):
-    monkeypatch.setattr(MODULE, "BLOCK_N", 32 if dtype is torch.float32 else 16)
+@pytest.mark.parametrize("tiles", ["one", "several"])
+def test_values_and_cache(case, norm, tiles, dtype, device, randn, assert_close):
     made = Case(*case, dtype, device, randn, norm)
+    several = Launch(block_t=16, block_n=32 if dtype is torch.float32 else 16, num_warps=4)
+    check(made, assert_close, launch=several if tiles == "several" else None)
+
+
+def check(made, assert_close, **how):
     o, k, v = made.expected()
-    ours, caches = made.run(prefill_attention)
+    ours, caches = made.run(prefill_attention, **how)
     assert_close(ours[: len(o)], o)
     assert torch.isfinite(ours).all()  # rows of padding too: they go on through the layers
     theirs, their_caches = made.run(FUSIONS["prefill_attention"].reference)
@@ -79,9 +85,33 @@ def test_values_and_cache(case, norm, dtype, device, randn, assert_close, monkey
         slots = cache.flatten(0, 1)
         assert_close(slots[flat], values[written])
         assert_close(slots[flat], other.flatten(0, 1)[flat].double())
-        untouched = torch.ones(len(slots), dtype=torch.bool, device=device)
+        untouched = torch.ones(len(slots), dtype=torch.bool, device=slots.device)
         untouched[flat] = False
         assert torch.equal(slots[untouched], before.flatten(0, 1)[untouched])
+
+
+@pytest.mark.parametrize(
+    "lengths", [(127,), (128,), (129,), (64, 64), (100, 40), (3, 130)], ids=lambda lengths: "+".join(map(str, lengths))
+)
+def test_steps_about_as_long_as_a_tile(lengths, device, randn, assert_close):
+    """Prompts that end in the first tile, with it, or behind it, and begin in the midst of one."""
+    check(Case(lengths, 3, 8, 1, 16, torch.float16, device, randn), assert_close)
+
+
+def test_a_slot_that_is_not_to_be_written(device, randn, assert_close):
+    """Of a row in the midst of a prompt: it is a key of later rows all the same."""
+    made = Case((40,), 0, 2, 1, 16, torch.float16, device, randn)
+    made.slots[7] = -1
+    check(made, assert_close)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 8), (32, 8), (14, 2), (64, 8), (2, 2), (3, 1)])
+@pytest.mark.parametrize("tokens", [1, 16, 100, 128, 256])
+def test_programs_of_the_default_launch_fit_the_gpu_at_once_where_they_can(heads, kv_heads, tokens):
+    launch = default_launch(tokens, heads, kv_heads, 128, 2)
+    rows = launch.block_t * (1 << (heads // kv_heads - 1).bit_length())
+    assert 16 <= rows <= MODULE.MOST_ROWS  # a tensor core's tile, and what a program can hold
+    assert -(-tokens // launch.block_t) * kv_heads <= MODULE.PROGRAMS or rows == MODULE.MOST_ROWS
 
 
 def test_wrong_arguments(device, randn):
@@ -98,13 +128,14 @@ def test_wrong_arguments(device, randn):
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "taken_bytes"),
-    [(16, 8, 128, 90_368), (32, 8, 128, 98_560), (12, 2, 128, 114_944), (64, 8, 128, 131_328), (8, 1, 256, 262_400)],
+    [(16, 8, 128, 73_728), (32, 8, 128, 81_920), (12, 2, 128, 73_728), (64, 8, 128, 81_920), (8, 1, 256, 75_776)],
 )
 def test_programs_that_a_gpu_has_no_room_for_are_not_started(heads, kv_heads, head_dim, taken_bytes, monkeypatch):
-    """`taken_bytes`: shared memory of programs compiled for sm_89 and sm_90."""
+    """`taken_bytes`: shared memory of the largest programs compiled for sm_90."""
     for limit_bytes in (65_536, 101_376, 166_912, 232_448):  # of sm_75, 89, 80, 90
         monkeypatch.setattr(MODULE, "_shared_memory_bytes", lambda _device, limit_bytes=limit_bytes: limit_bytes)
         if fits(heads, kv_heads, head_dim, 2, torch.device("cuda")):
             assert taken_bytes <= limit_bytes
-    assert fits(heads, kv_heads, head_dim, 2, torch.device("cuda")) == (head_dim == 128)
+        too_small_bytes = 65_536 if head_dim == 128 else 101_376
+        assert fits(heads, kv_heads, head_dim, 2, torch.device("cuda")) == (limit_bytes > too_small_bytes)
     assert fits(heads, kv_heads, head_dim, 4, torch.device("cpu"))

@@ -12,9 +12,9 @@ EPS = 1e-6
 MAX_POS = 50
 
 
-def angles(head_dim: int, device: torch.device) -> torch.Tensor:
+def angles(head_dim: int, device: torch.device, max_pos: int = MAX_POS) -> torch.Tensor:
     frequency = 100.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(MAX_POS, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(max_pos, dtype=torch.float64)[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1).float().to(device)
 
 
