@@ -78,23 +78,24 @@ def _tile(
 
 
 @triton.jit
-def _seen(q, keys, first, row, start, scale, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Scores of a tile of keys, times scale; of what a row does not see, -inf."""
-    scores = dot(q, tl.trans(keys), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale
-    if MASKED:
+def _scores(q, keys, first, masked_from, row, start, BLOCK_N: tl.constexpr):
+    """Scores of a tile of keys, not yet times scale; of what a row does not see, -inf."""
+    scores = dot(q, tl.trans(keys), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+    # Not in a loop of its own: that would begin with nothing loaded ahead.
+    if first >= masked_from:
         key = first + tl.arange(0, BLOCK_N)
         scores = tl.where((key[None, :] >= start[:, None]) & (key[None, :] <= row[:, None]), scores, -float("inf"))
     return scores
 
 
 @triton.jit
-def _add(scores, values, top, total, o):
-    """The running softmax (greatest score, sum of weights, weighted values) with a tile more; scores in base 2."""
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None])
+def _add(scores, scale, values, top, total, sums):
+    """The running softmax (greatest score times scale, sum of weights, weighted values) with a tile more, in base 2."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])  # one instruction before the power
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, axis=1)
-    return new_top, total, dot(weights.to(values.dtype), values, o * shrink[:, None])
+    return new_top, total, dot(weights.to(values.dtype), values, sums * shrink[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -129,19 +130,14 @@ def causal_attention_kernel(
     top = tl.full([GROUP * BLOCK_T], -1e30, tl.float32)  # finite: a row may see nothing of a tile
     total = tl.zeros([GROUP * BLOCK_T], tl.float32)
     sums = tl.zeros([GROUP * BLOCK_T, BLOCK_D], tl.float32)
-    for tile in range(first_key, masked_from, BLOCK_N):
+    for tile in range(first_key, end, BLOCK_N):
         keys = _tile(k, k_stride, tile, kv_head, tokens, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIBED)
         values = _tile(v, v_stride, tile, kv_head, tokens, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIBED)
-        scores = _seen(queries, keys, tile, row, start, scale, BLOCK_N, False)
-        top, total, sums = _add(scores, values, top, total, sums)
-    for tile in range(masked_from, end, BLOCK_N):
-        keys = _tile(k, k_stride, tile, kv_head, tokens, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIBED)
-        values = _tile(v, v_stride, tile, kv_head, tokens, HEAD_DIM, BLOCK_N, BLOCK_D, DESCRIBED)
-        scores = _seen(queries, keys, tile, row, start, scale, BLOCK_N, True)
-        top, total, sums = _add(scores, values, top, total, sums)
+        scores = _scores(queries, keys, tile, masked_from, row, start, BLOCK_N)
+        top, total, sums = _add(scores, scale, values, top, total, sums)
 
-    total = tl.where(total > 0, total, 1.0)[:, None]  # rows beyond the last
-    tl.store(o + place, (sums / total).to(o.dtype.element_ty), mask=mask)
+    share = 1.0 / tl.where(total > 0, total, 1.0)  # rows beyond the last have nothing
+    tl.store(o + place, (sums * share[:, None]).to(o.dtype.element_ty), mask=mask)
 
 
 def default_launch(head_dim: int, group: int, element_bytes: int) -> Launch:
@@ -177,7 +173,7 @@ def causal_attention(
     dependent: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Attention of whole prompts [tokens, heads, head_dim]; shapes as in this module's docstring.
+    """Attention of whole prompts [tokens, heads, head_dim]; shapes as in this module's docstring, scale above zero.
 
     `dependent`: start while the kernel before it in the stream still runs, where the GPU can; it is waited for, but
     positions must have been written before it started. `launch` overrides the default. ValueError if the arguments do
@@ -193,6 +189,8 @@ def causal_attention(
             raise ValueError(f"{name} must have shape {(tokens, kv_heads, head_dim)}, not {tuple(x.shape)}.")
         check_like(name, x[:1], (min(tokens, 1), kv_heads, head_dim), q)  # whatever lies between its tokens
     check_integers("positions", positions, (tokens,), q)
+    if not scale > 0:
+        raise ValueError(f"scale must be above zero, not {scale}.")
     if not runs_triton(q):
         return reference(q, k, v, positions, scale)
     o = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
