@@ -151,9 +151,12 @@ def candidates(
                 found.append(Launch(block_n, number, block_n, num_warps, True, fragments=parts, registers=registers))
     programs = rows * kv_heads
     for block_n, num_warps, num_stages, held in STREAMS[:2] if rows <= REGISTER_ROWS else STREAMS:
-        for number in splits(num_warps):
-            few = programs * number < FULL_PROGRAMS // 2 and number < splits(num_warps)[-1]
-            if few or (number > 1 and programs * number > FULL_PROGRAMS * 2):
+        # Of one warp, several programs share a multiprocessor, and the merging one finds registers for more parts.
+        numbers = splits(max(2, num_warps))
+        most = FULL_PROGRAMS * (4 if num_warps == 1 else 2)
+        for number in numbers:
+            few = programs * number < FULL_PROGRAMS // 2 and number < numbers[-1]
+            if few or (number > 1 and programs * number > most):
                 continue
             # Several programs share a short context, or only a longer one.
             for piece in sorted({SPLIT_TOKENS, max(block_n, SPLIT_TOKENS // number)}):
