@@ -36,7 +36,7 @@ MAX_CONTEXT = 4096
 SHORT = (128, 256)
 """Tokens of the contexts for which launches are chosen."""
 TRIES = 5
-"""How many of the fastest at short contexts are timed at long ones."""
+"""How many of the fastest at short contexts go on: to the chain, or to long contexts."""
 LONG_LOSS = 0.03
 """What is slower by more than this share than the best of them there is no choice for all lengths."""
 
@@ -211,7 +211,8 @@ def measure(
 class Found:
     """What attention came to at some rows, under which keys.
 
-    timed: launches, the best at short and long contexts together first; none much slower than another at long ones
+    timed: launches, the best at long contexts first, or where one launch is for all, at short and long ones together;
+        none much slower than another at long ones
     short: where short contexts may have a launch of their own, the fastest there
     beside: FlashAttention 3 at short ones, if it is there
     """
@@ -241,11 +242,14 @@ class Found:
 
 
 def time_attention(device: torch.device, heads: Heads, rows: int, failures: list[str]) -> Found:
-    """All candidates at short contexts, the best of them at long ones too; `failures` gets what is wrong."""
-    long = (1024, 2048) if rows <= SHORT_ROWS else (512, 768)
-    found = measure(device, rows, SHORT, candidates(rows, *heads, MAX_CONTEXT), heads, failures=failures)
+    """All candidates at short contexts; at long ones all too where short ones have a launch of their own, else only the
+    best, of which none is kept that is far behind there. `failures` gets what is wrong."""
+    apart = rows <= SHORT_ROWS
+    long = (1024, 2048) if apart else (512, 768)
+    launches = candidates(rows, *heads, MAX_CONTEXT)
+    found = measure(device, rows, SHORT, launches, heads, failures=failures)
     beside = next((t for t in found if isinstance(t.launch, str)), None)
-    tried = [t.launch for t in found if isinstance(t.launch, Launch)][:TRIES]
+    tried = launches if apart else [t.launch for t in found if isinstance(t.launch, Launch)][:TRIES]
     again: dict[Launch | str, Timed] = {
         t.launch: t
         for t in measure(device, rows, long, tried, heads, failures=failures)
@@ -254,7 +258,7 @@ def time_attention(device: torch.device, heads: Heads, rows: int, failures: list
     best_us = min((t.chained_us for t in again.values()), default=0.0)
     limit_us = best_us + LONG_LOSS * abs(best_us)
     kept = [t for t in found if t.launch in again and again[t.launch].chained_us <= limit_us]
-    kept.sort(key=lambda t: t.chained_us * again[t.launch].chained_us)
+    kept.sort(key=lambda t: again[t.launch].chained_us * (1 if apart else t.chained_us))
     for t in kept[:1]:
         print(
             f"{rows:5} attention chained {t.chained_us:6.2f} alone {t.alone_us:6.2f} µs {t.gb_s:5.0f} GB/s, long "
@@ -264,7 +268,7 @@ def time_attention(device: torch.device, heads: Heads, rows: int, failures: list
             flush=True,
         )
     found_here = Found(rows, shape_key(rows, *heads), kept, beside)
-    if rows > SHORT_ROWS:
+    if not apart:
         return found_here
     short = [t for t in found if isinstance(t.launch, Launch)][:TRIES]
     return replace(found_here, short_key=shape_key(rows, *heads, short=True), short=short)
