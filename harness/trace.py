@@ -3,7 +3,8 @@
     python -m harness.trace RUN_OR_FOLDER... [-o trace.json]
 
 Each run and shape is a process with one representative step: the traced one whose time is nearest to the median. Its
-first track holds the decoder layers with their ops inside, and what lies outside of the layers; what is empty is a gap.
+first track holds the decoder layers with their ops inside, and what lies outside of the layers; what is empty is a gap,
+but an op of several kernels is one slice, with the gaps between them behind it.
 Where the host's phases were timed, a second track holds them, end to end in the order in which they come, since they
 are times without starts from a pass of their own.
 
@@ -116,12 +117,12 @@ def _slice(row: Any, name: str, begin_us: float, duration_us: float, process: in
 
 
 def _phases(host: pd.DataFrame, process: int) -> Iterator[dict[str, Any]]:
-    """The phases of the step whose host time is nearest to the median."""
+    """The phases of the step whose host time is nearest to the median. Viewers nest a phase without time."""
     wide = host.pivot_table(index="iteration", columns="host_phase", values="latency_us", aggfunc="sum")
     sums = wide.sum(axis=1)
     step = wide.loc[(sums - sums.median()).abs().idxmin()]
     begin_us = 0.0
-    for phase in [name for name in _HOST_ORDER if name in step.index]:
+    for phase in [name for name in _HOST_ORDER if step.get(name, 0.0) > 0]:
         place = {"pid": process, "tid": HOST_TRACK, "ts": begin_us, "dur": float(step[phase])}
         yield {"ph": "X", "name": phase, "cat": "host", **place, "args": {}}
         begin_us += float(step[phase])

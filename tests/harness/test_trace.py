@@ -55,8 +55,11 @@ def check_format(trace: dict[str, Any]) -> None:
 def test_a_hand_made_step(tmp_path: Path) -> None:
     """Of s = 0, 1, 4 the median step is that of s = 1."""
     layers, steps = kernel_trace((0.0, 4.0, 1.0))
-    host = [{**key("host", "graph", i), "host_phase": p, "latency_us": us + i} for i in range(3)
-            for p, us in (("launch", 11.0), ("schedule", 7.0))]  # fmt: skip
+    host = [
+        {**key("host", "graph", i), "host_phase": p, "latency_us": us + i}
+        for i in range(3)
+        for p, us in (("launch", 11.0), ("schedule", 7.0), ("sample", -1.0))
+    ]  # fmt: skip; without time in step 1
     trace = exported(
         write(tmp_path / "run", record(shapes=[{**SHAPE, "timed": timed(140.0)}]), layers, steps, host), tmp_path
     )
