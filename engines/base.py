@@ -115,7 +115,7 @@ class Scheduled(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one scheduler step was and what it produced. `tokens` holds (request_id, token_id) in schedule order."""
+    """What one scheduler step was and what it produced. `tokens` holds (request_id, token_id) in the order of its rows."""
 
     kind: StepKind
     scheduled: tuple[Scheduled, ...]

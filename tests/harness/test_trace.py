@@ -59,7 +59,7 @@ def test_a_hand_made_step(tmp_path: Path) -> None:
         {**key("host", "graph", i), "host_phase": p, "latency_us": us + i}
         for i in range(3)
         for p, us in (("launch", 11.0), ("schedule", 7.0), ("sample", -1.0))
-    ]  # fmt: skip; without time in step 1
+    ]  # in step 1, sample takes no time
     trace = exported(
         write(tmp_path / "run", record(shapes=[{**SHAPE, "timed": timed(140.0)}]), layers, steps, host), tmp_path
     )
