@@ -115,7 +115,7 @@ class Scheduled(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one scheduler step was and what it produced. `tokens` holds (request_id, token_id) in the order of its rows."""
+    """What one scheduler step was and what it produced. `tokens` holds (request_id, token_id) as its rows do."""
 
     kind: StepKind
     scheduled: tuple[Scheduled, ...]

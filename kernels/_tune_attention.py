@@ -243,7 +243,7 @@ class Found:
 
 def time_attention(device: torch.device, heads: Heads, rows: int, failures: list[str]) -> Found:
     """All candidates at short contexts; at long ones all too where short ones have a launch of their own, else only the
-    best, of which none is kept that is far behind there. `failures` gets what is wrong."""
+    best. None is kept for all lengths that is far behind at long ones. `failures` gets what is wrong."""
     apart = rows <= SHORT_ROWS
     long = (1024, 2048) if apart else (512, 768)
     launches = candidates(rows, *heads, MAX_CONTEXT)

@@ -21,6 +21,7 @@ Keys and values come by the tensor memory accelerator from sm_90 on, else by ord
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ from kernels.choices import chosen, launch_of
 from kernels.prefill_linear import can_describe, described
 
 LOG2_E = 1.4426950408889634
+MIN_SCALE = 1e-30
+"""What float32 takes for zero would make 0 · ∞ of a key that a row does not see."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,8 @@ def causal_attention(
             raise ValueError(f"{name} must have shape {(tokens, kv_heads, head_dim)}, not {tuple(x.shape)}.")
         check_like(name, x[:1], (min(tokens, 1), kv_heads, head_dim), q)  # whatever lies between its tokens
     check_integers("positions", positions, (tokens,), q)
-    if not scale > 0:
-        raise ValueError(f"scale must be above zero, not {scale}.")
+    if not MIN_SCALE <= scale < math.inf:
+        raise ValueError(f"scale must be a number above zero, not {scale}.")
     if not runs_triton(q):
         return reference(q, k, v, positions, scale)
     o = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)

@@ -27,7 +27,8 @@ SHORT_CONTEXT = 512
 SHORT_ROWS = 64
 """Of up to so many rows. With more, each program has a row's whole context anyway, short or long."""
 MERGED_ELEMENTS = 64
-"""Elements of all parts that a thread of the merging program holds in registers at most."""
+"""Elements of all parts that a thread of the merging program holds in registers at most; in streams of one warp twice
+as many."""
 
 
 @dataclass(frozen=True)

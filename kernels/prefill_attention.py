@@ -18,7 +18,7 @@ rotates their keys again in each program: little work while prompts are short, f
 write of everything are saved.
 
 What takes time is one load waiting for another. So angles, slots and gammas, which nothing before in the chain writes,
-come before the wait; keys and values of the first tile are asked for behind it at once; up to 128 keys are one tile. A
+come before the wait; keys and values of the first tile are asked for behind it at once; a short step's are one tile. A
 program writes those keys of its tiles to the cache that are its own rows.
 """
 
@@ -42,8 +42,8 @@ from kernels.qk_norm_rope_cache import saved_bytes as rope_saved_bytes
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2_E = 1.4426950408889634
 PROGRAMS = 128
-"""Make no more programs, about one for each multiprocessor, where tiles of up to MOST_ROWS rows (of tokens and heads)
-can: each repeats the work on its keys, and has so many of them to hold that two rarely fit beside one another."""
+"""At most so many programs, about one for each multiprocessor, as long as MOST_ROWS rows (of tokens and heads) suffice
+for it: each repeats the work on its keys, and holds so many of them that two rarely fit beside one another."""
 MOST_ROWS = 64
 
 
@@ -58,6 +58,12 @@ class Launch:
     block_t: int
     block_n: int
     num_warps: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_t", "block_n"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, not {value}.")
 
 
 def reference(
@@ -75,7 +81,7 @@ def reference(
 
 @triton.jit
 def _gammas(weight, d, HALF: tl.constexpr):
-    """Both halves [1, HALF] of a norm's gammas, in float32."""
+    """Both halves of a norm's gammas, [1, columns], in float32."""
     gamma_a = tl.load(weight + d, mask=d < HALF, other=0.0).to(tl.float32)
     gamma_b = tl.load(weight + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
     return gamma_a[None, :], gamma_b[None, :]
@@ -83,7 +89,7 @@ def _gammas(weight, d, HALF: tl.constexpr):
 
 @triton.jit
 def _angles(cos_sin, position, d, mask, HALF: tl.constexpr):
-    """Cosines and sines [rows, HALF] of the rows' positions."""
+    """Cosines and sines of the rows' positions, [rows, columns] each."""
     angle = cos_sin + position.to(tl.int32)[:, None] * (2 * HALF) + d[None, :]
     inside = mask[:, None] & (d < HALF)[None, :]
     return tl.load(angle, mask=inside, other=0.0), tl.load(angle + HALF, mask=inside, other=0.0)
@@ -91,7 +97,7 @@ def _angles(cos_sin, position, d, mask, HALF: tl.constexpr):
 
 @triton.jit
 def _rotated(raw_a, raw_b, gamma_a, gamma_b, cos, sin, eps, HALF: tl.constexpr):
-    """Both halves [rows, HALF] of heads, normed and rotated, in the dtype that they have."""
+    """Both halves of heads, [rows, columns] each, normed and rotated, in the dtype that they have."""
     a = raw_a.to(tl.float32)
     b = raw_b.to(tl.float32)
     if gamma_a is not None:
@@ -103,7 +109,7 @@ def _rotated(raw_a, raw_b, gamma_a, gamma_b, cos, sin, eps, HALF: tl.constexpr):
 
 @triton.jit
 def _tile(source, mask, n, d, wide_d, WIDTH: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """As they are: both halves of n keys [BLOCK_N, HALF] from `source` on, and their values [BLOCK_N, HEAD_DIM]."""
+    """As they are: both halves of n keys from `source` on, and their values, whose columns are `wide_d`."""
     HALF: tl.constexpr = HEAD_DIM // 2
     rows = source + n[:, None] * WIDTH
     in_half = mask[:, None] & (d < HALF)[None, :]
@@ -223,7 +229,7 @@ def prefill_attention_kernel(
 
 
 def keys_of_a_tile(head_dim: int, element_bytes: int) -> tuple[int, int]:
-    """At most, as registers hold them: of a tile that has a step's all, and of one beside which the next is loaded."""
+    """The most that registers hold: where one tile has all keys of a step, and where the next is loaded beside it."""
     if element_bytes == 4:  # at full precision, on the ordinary cores
         return 32, 16
     return (128, 64) if head_dim <= 128 else (64, 32)
@@ -271,6 +277,8 @@ def prefill_attention(
     if tokens > 0:
         depends = dependent and can_depend(qkv.device)
         launch = launch or default_launch(tokens, num_heads, num_kv_heads, head_dim, qkv.element_size())
+        if launch.block_t * _padded(num_heads // num_kv_heads) < 16:
+            raise ValueError(f"{launch.block_t} tokens of a group of heads are less than 16 rows.")
         prefill_attention_kernel[(-(-tokens // launch.block_t), num_kv_heads)](
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, o, tokens, eps, scale * LOG2_E,
             HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, GROUP=_padded(num_heads // num_kv_heads),

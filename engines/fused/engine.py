@@ -122,7 +122,7 @@ class LLM(NanoLLM):
 
 
 def longest_first(sequences: list[Sequence]) -> list[Sequence]:
-    """In the order in which attention takes least time: rows start in theirs, and what starts last should be short."""
+    """Attention starts with the first rows: a long context among the last would run alone at the end."""
     return sorted(sequences, key=len, reverse=True)
 
 

@@ -26,7 +26,7 @@ FEATURES = {
     "prefill_products": "captured prefill steps of few tokens: products as decode makes them",
     "head": "decode, captured prefill steps: final_norm+lm_head, and the sampler's sums in its end",
     "last_rows": "prefill: after its keys, the last layer goes on with the rows to draw from alone",
-    "prefill_graphs": "prefill steps of few tokens are captured graphs too",
+    "prefill_graphs": "prefill steps are captured graphs too, as long as the host would take longer",
 }
 
 SMALLEST_BLOCK = 16

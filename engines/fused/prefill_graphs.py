@@ -28,8 +28,10 @@ from engines.nano.models.decoder import Decoder
 from engines.nano.sequence import Sequence
 
 TOKEN_SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-"""Reading the weights bounds steps up to about 256 tokens, and padding costs nothing; above, it costs its share. Up to
-the last size the host takes longer to launch a step than padding costs."""
+"""Reading the weights bounds steps up to about 256 tokens, and padding costs nothing; above, it costs its share, up to
+HOST_WORK less than the host needs to launch the step."""
+HOST_WORK = 2e11
+"""Multiply-adds of a layer: an H200 makes about so many in the time in which the host launches a layer's kernels."""
 FULL_STEP = 16384
 """Tokens: a budget of up to so many has a graph too, for steps that use nearly all of it."""
 FULL = 63 / 64
@@ -38,10 +40,15 @@ FEW_TOKENS = 256
 """Steps of up to so many tokens try decode's kernels for their products, which are measured for so many rows."""
 
 
-def token_sizes(max_tokens: int) -> tuple[int, ...]:
-    """The sizes to capture for steps of up to `max_tokens` tokens."""
-    largest = max_tokens if max_tokens <= FULL_STEP else TOKEN_SIZES[-1]
-    return (*(size for size in TOKEN_SIZES if size < largest), largest)
+def most_padded(layer_weights: int) -> int:
+    """Up to how many tokens steps are padded, of a model whose layers have so many weights each."""
+    return max((size for size in TOKEN_SIZES if size * layer_weights <= HOST_WORK), default=TOKEN_SIZES[0])
+
+
+def token_sizes(max_tokens: int, most: int) -> tuple[int, ...]:
+    """The sizes to capture for steps of up to `max_tokens` tokens, padded up to `most`, one of TOKEN_SIZES."""
+    largest = max_tokens if max_tokens <= FULL_STEP else most
+    return (*(size for size in TOKEN_SIZES if size <= most and size < largest), largest)
 
 
 class PrefillBuffers:
@@ -50,14 +57,14 @@ class PrefillBuffers:
     drawing reads of the sequences' `rows`.
 
     `dependent`: kernels that can may be launched dependently, as in decode. Steps of up to `few` tokens try decode's
-    kernels for their products.
+    kernels for their products. Only steps that nearly fill it are padded to a size above `most`.
     """
 
     def __init__(
         self, sizes: Listing[int], max_sequences: int, max_blocks: int, device: torch.device, dependent: bool = False,
-        few: int = 0,
+        few: int = 0, most: int = TOKEN_SIZES[-1],
     ) -> None:  # fmt: skip
-        self.sizes = tuple(sizes)
+        self.sizes, self.most = tuple(sizes), most
         self.max_sequences, self.max_blocks, self.dependent, self.few = max_sequences, max_blocks, dependent, few
         lines = (Rows.LINES, max_sequences)
         self._start = aligned(prod(lines))  # of the step's own inputs
@@ -77,7 +84,7 @@ class PrefillBuffers:
         if tokens > self.sizes[-1] or len(sequences) > self.max_sequences or any(s.num_cached for s in sequences):
             return False
         size = self._size(tokens)
-        return size <= TOKEN_SIZES[-1] or tokens >= FULL * size
+        return size <= self.most or tokens >= FULL * size
 
     def fill(self, sequences: list[Sequence], block_size: int) -> Padded:
         """Write a step that `fits` to memory of the host."""

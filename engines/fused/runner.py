@@ -14,7 +14,15 @@ from engines.fused.decode import DecodeStep, Graphs
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
 from engines.fused.prefill import HostInputs
-from engines.fused.prefill_graphs import FEW_TOKENS, MAX_SEQUENCES, Padded, PrefillBuffers, PrefillGraphs, token_sizes
+from engines.fused.prefill_graphs import (
+    FEW_TOKENS,
+    MAX_SEQUENCES,
+    Padded,
+    PrefillBuffers,
+    PrefillGraphs,
+    most_padded,
+    token_sizes,
+)
 from engines.fused.state import DecodeState, Flight, Rows
 from engines.nano.graphs import DecodeGraphs
 from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
@@ -26,6 +34,8 @@ from kernels.decode_attention_launch import SHORT_CONTEXT, most_short_rows
 
 class FusedRunner(ModelRunner):
     """nano's, but that `launch` starts a decode step and leaves its tokens to be read later."""
+
+    small_steps = (1, 32, 64, 128, 256)  # of which each has another launch of attention
 
     def __init__(self, config: EngineConfig, options: FusedOptions) -> None:
         self.options = options
@@ -151,11 +161,12 @@ class FusedRunner(ModelRunner):
             )
         if "prefill_graphs" in self.features and not self.watched:
             # A step of one token alone is no prefill to attention: it is padded.
-            tokens = token_sizes(max(2, self.config.max_num_batched_tokens))
+            most = most_padded(sum(w.numel() for w in self.model.layers[0].plain.parameters() if w.dim() == 2))
+            tokens = token_sizes(max(2, self.config.max_num_batched_tokens), most)
             sequences = min(MAX_SEQUENCES, self.config.max_num_seqs)
             buffers = PrefillBuffers(
                 tokens, sequences, self.max_blocks, self.device, "dependent" in self.features,
-                FEW_TOKENS if "prefill_products" in self.features else 0,
+                FEW_TOKENS if "prefill_products" in self.features else 0, most,
             )  # fmt: skip
             graphs.prefill = PrefillGraphs(self.model, self.step.draw, buffers, pool=graphs.pool)
         return graphs

@@ -37,6 +37,9 @@ CPU_CACHE_BYTES = 4 * 2**30
 class ModelRunner:
     """One model on one device, with its paged cache [2, layers, blocks, block_size, kv_heads, head_dim]."""
 
+    small_steps: tuple[int, ...] = (1,)
+    """Tokens of prompts that are run at the start, so that no request waits for a kernel to be compiled."""
+
     def __init__(
         self, config: EngineConfig, options: Options, prepare: Callable[[ModelRunner], None], rank: int = 0
     ) -> None:
@@ -203,7 +206,8 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats()
         greedy, hot = SamplingParams(temperature=0.0), SamplingParams()
         everything = SamplingParams(top_k=1, top_p=0.5)  # sorts the whole vocabulary
-        for sequences, tokens in ((count, length), (min(2, count), min(8, length)), (1, 1)):
+        small = ((1, min(tokens, length)) for tokens in self.small_steps)
+        for sequences, tokens in ((count, length), (min(2, count), min(8, length)), *small):
             for sampling in (greedy, hot):
                 self.run([self._warm_up_sequence(tokens, 0, sampling)] * sequences, is_prefill=True)
         for sampling in (hot, everything):

@@ -20,7 +20,14 @@ from engines.base import Request, SamplingParams
 from engines.fused import LLM as Fused
 from engines.fused.features import FEATURES
 from engines.fused.prefill import HostInputs
-from engines.fused.prefill_graphs import Padded, PrefillBuffers, PrefillGraphs, run_layers, token_sizes
+from engines.fused.prefill_graphs import (
+    Padded,
+    PrefillBuffers,
+    PrefillGraphs,
+    most_padded,
+    run_layers,
+    token_sizes,
+)
 from engines.fused.state import STAGES
 from engines.nano.layers.attention import torch_attention
 from engines.nano.prefill import PrefillInputs
@@ -71,9 +78,9 @@ def make_step(lengths, blocks):
     return sequences, torch.cat(expected)
 
 
-def make_buffers(runner):
+def make_buffers(runner, **limits):
     few = FEW if "prefill_products" in runner.options.features else 0
-    buffers = PrefillBuffers(SIZES, MAX_SEQUENCES, runner.max_blocks, runner.device, few=few)
+    buffers = PrefillBuffers(SIZES, MAX_SEQUENCES, runner.max_blocks, runner.device, few=few, **limits)
     buffers.numbers.fill_(GARBAGE)
     return buffers
 
@@ -163,15 +170,24 @@ def test_smallest_size_that_holds_the_step(runner):
 
 
 def test_sizes_end_at_the_largest_step():
-    assert token_sizes(100) == (16, 32, 64, 100)
-    assert token_sizes(64) == (16, 32, 64)
-    assert token_sizes(16384)[-2:] == (8192, 16384)
-    assert token_sizes(16385)[-1] == 8192
+    assert token_sizes(100, 8192) == (16, 32, 64, 100)
+    assert token_sizes(64, 8192) == (16, 32, 64)
+    assert token_sizes(16384, 8192)[-2:] == (8192, 16384)
+    assert token_sizes(16385, 8192)[-1] == 8192
+    assert token_sizes(4096, 1536)[-2:] == (1536, 4096)
+    assert token_sizes(16385, 1536)[-1] == 1536
 
 
-def test_a_large_graph_runs_full_steps_only(runner, monkeypatch):
-    monkeypatch.setattr(MODULE, "TOKEN_SIZES", (16, 32, 64))
-    fits = [make_buffers(runner).fits(make_step((n,), runner.num_blocks)[0]) for n in (64, 65, 125, 126, 128)]
+def test_large_models_are_padded_to_small_sizes():
+    """Qwen3-0.6B's, 4B's and 8B's layers, by their published sizes; and one that no padding suits."""
+    qkv_o = [(32 + 8 + 8 + 32) * 128 * hidden for hidden in (2560, 4096)]
+    layers = [(16 + 8 + 8 + 16) * 128 * 1024 + 3 * 1024 * 3072, qkv_o[0] + 3 * 2560 * 9728, qkv_o[1] + 3 * 4096 * 12288]
+    assert [most_padded(weights) for weights in (*layers, 10**12)] == [8192, 1536, 1024, 16]
+
+
+def test_a_large_graph_runs_full_steps_only(runner):
+    buffers = make_buffers(runner, most=64)
+    fits = [buffers.fits(make_step((n,), runner.num_blocks)[0]) for n in (64, 65, 125, 126, 128)]
     assert fits == [True, False, False, True, True]
 
 

@@ -115,6 +115,10 @@ def test_programs_of_the_default_launch_fit_the_gpu_at_once_where_they_can(heads
 
 
 def test_wrong_arguments(device, randn):
+    with pytest.raises(ValueError, match="block_n must be a power of two, not 24"):
+        Launch(16, 24, 4)
+    with pytest.raises(ValueError, match="8 tokens of a group of heads are less than 16 rows"):
+        Case((3,), 0, 2, 2, 16, torch.float32, device, randn).run(prefill_attention, launch=Launch(8, 16, 4))
     made = Case((3,), 0, 3, 2, 16, torch.float32, device, randn)
     with pytest.raises(ValueError, match="cannot be shared evenly by 3"):
         made.run(prefill_attention)
