@@ -35,7 +35,8 @@ def validation(file: str = f"{REFERENCE}/validation.json") -> str:
         "is the largest mean of a case; ratios are to transformers in the same dtype, from the least to the largest of "
         "the cases, then the largest upper end of a one-sided 95 % interval, which may reach "
         f"{made['factor']}. Graphs against launches: the largest difference of a step's logits over their norm. "
-        f"Failed: {', '.join(_failed(made['rows'])) or 'none'}. {_left_out(made['left_out'])}File: `{file}`."
+        f"Failed: {', '.join(_failed(made['rows'], False)) or 'none'}. {_undecided(made['rows'])}"
+        f"{_left_out(made['left_out'])}File: `{file}`."
     )
     return "\n\n".join([markdown(head, rows, left=4), source])
 
@@ -71,8 +72,19 @@ def _left_out(cases: Sequence[str]) -> str:
     return f"Left out for want of time: {', '.join(cases)}. " if cases else ""
 
 
-def _failed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"{row['engine']} {row['model']} {row['case']['name']}" for row in rows if not _passed(row)]
+def _failed(rows: Sequence[Mapping[str, Any]], undecided: bool) -> list[str]:
+    """Cases that did not pass: those which more prompts could still decide, or the others."""
+    left = [row for row in rows if not _passed(row) and _is_undecided(row) == undecided]
+    return [f"{row['engine']} {row['model']} {row['case']['name']}" for row in left]
+
+
+def _is_undecided(row: Mapping[str, Any]) -> bool:
+    return row.get("undecided", False) and row.get("graphs_passed", True)
+
+
+def _undecided(rows: Sequence[Mapping[str, Any]]) -> str:
+    cases = _failed(rows, True)
+    return f"Undecided, since the bound lies within the interval: {', '.join(cases)}. " if cases else ""
 
 
 @table("soak")
