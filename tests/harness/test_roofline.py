@@ -291,6 +291,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 # --- the committed runs ---
 
+REGISTER_BYTES = 132 * 256 * 1024
+"""Of an H200's multiprocessors."""
+
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, list[ShapeLines]]:
@@ -315,6 +318,9 @@ def test_no_committed_time_is_below_its_floor(reference: dict[str, list[ShapeLin
             if (engine, line.op) == ("vllm", "post_norm"):
                 # Of four tensors that a norm with its sum moves, its compiler leaves one to the next norm.
                 most *= 4 / 3
+            if engine == "fused" and shape.phase == "decode" and line.op.endswith("lm_head"):
+                # Its first weights come while the kernel before it still has the time: as many as registers hold.
+                most += REGISTER_BYTES / line.cost.bytes
             if line.op == "embed":
                 # Half of its bytes are written, and may stay in the L2; and a row that is asked for twice is read once.
                 most = 2.0
@@ -331,5 +337,5 @@ def test_what_is_known_of_the_committed_runs(reference: dict[str, list[ShapeLine
         assert big[op].bound == "operations" and 0.8 < big[op].fraction < 1
     assert apart["silu_mul"].bound == "bytes" and 0.8 < apart["silu_mul"].fraction < 1.05  # 4.4 TB/s are read here
     (one,) = (s for s in reference["fused"] if (s.phase, s.batch_size, s.tokens) == ("decode", 1, 128))
-    # Its first weights are loaded while the kernel before it still has the time.
-    assert 0.9 < next(line.fraction for line in one.lines if line.op.endswith("lm_head")) < 1.05
+    head = next(line for line in one.lines if line.op.endswith("lm_head"))
+    assert 0.9 < head.fraction < 1.05 + REGISTER_BYTES / head.cost.bytes
