@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from engines.fused import LLM as Fused
-from engines.fused import draw, layers
+from engines.fused import attention, draw, products
 from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
 from kernels.causal_attention import Launch as CausalLaunch
@@ -138,8 +138,8 @@ def test_norms_in_halves(path, features, apart, halves, monkeypatch, prompts, ex
     def tiled(rows, out, k, gated, *_):
         return Launch("tiled", 16, 32, 4, block_m=16, num_stages=2, halves=k not in apart or gated)
 
-    monkeypatch.setattr(layers, "best_launch", tiled)
-    monkeypatch.setattr(layers, "decode_linear_half_norm", half_norm)
+    monkeypatch.setattr(products, "best_launch", tiled)
+    monkeypatch.setattr(products, "decode_linear_half_norm", half_norm)
     with kernels.use(path):
         engine = Fused(reference.config(options={"features": features or FusedOptions().features}))
         assert tokens_of(engine, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
@@ -152,13 +152,13 @@ def test_decode_may_use_prefills_kernel(path, prompts, expected, monkeypatch):
     if path == "triton" and not kernels.INTERPRETED:
         pytest.skip("Triton's interpreter is off")
     tiled, prefills = Launch("tiled", 16, 32, 4, block_m=16, num_stages=2), PrefillLaunch(16, 32, 32, 4, 2)
-    monkeypatch.setattr(layers, "best_launch", lambda rows, out, k, gated, *_: None if gated else tiled)
-    monkeypatch.setattr(layers, "best_prefill_gate_up", lambda *shape: prefills)
+    monkeypatch.setattr(products, "best_launch", lambda rows, out, k, gated, *_: None if gated else tiled)
+    monkeypatch.setattr(products, "best_prefill_gate_up", lambda *shape: prefills)
     ran, made = [], []
     gate_up, half_norm = kernels.prefill_gate_up, decode_linear_half_norm
     monkeypatch.setattr(kernels, "prefill_gate_up", lambda *a, **options: ran.append(a[2]) or gate_up(*a, **options))
     monkeypatch.setattr(
-        layers, "decode_linear_half_norm", lambda *a, **options: made.append(1) or half_norm(*a, **options)
+        products, "decode_linear_half_norm", lambda *a, **options: made.append(1) or half_norm(*a, **options)
     )
     with kernels.use(path):
         engine = Fused(reference.config())
@@ -182,7 +182,7 @@ with their activation. The first step is of a new prompt alone; the last layer's
 def test_products_of_prefill_with_their_ends(left_out, qkv, gate_up, prompts, expected, monkeypatch):
     """As where they were measured to be faster: the same tokens, from the kernels that were asked for."""
     launches = {"prefill_qkv_rope": PrefillLaunch(16, 64, 32, 4, 2), "prefill_gate_up": PrefillLaunch(16, 32, 32, 4, 2)}
-    monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *shape: launches[kernel])
+    monkeypatch.setattr(products, "best_prefill_launch", lambda kernel, *shape: launches[kernel])
     ran = []
     for name in launches:
         kernel = getattr(kernels, name)
@@ -205,11 +205,11 @@ def test_attention_of_longer_prompts(rotated, path, prompts, expected, monkeypat
         pytest.skip("Triton's interpreter is off")
     launch, ran = CausalLaunch(16, 16, 4, 2), []
     attend = kernels.causal_attention
-    monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
-    monkeypatch.setattr(layers, "best_causal_launch", lambda *shape: launch)
+    monkeypatch.setattr(attention, "MAX_PREFILL_ATTENTION", 0)
+    monkeypatch.setattr(attention, "best_causal_launch", lambda *shape: launch)
     if rotated == "prefill_qkv_rope":
         qkv = PrefillLaunch(16, 64, 32, 4, 2)
-        monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: qkv if kernel == rotated else None)
+        monkeypatch.setattr(products, "best_prefill_launch", lambda kernel, *_: qkv if kernel == rotated else None)
     monkeypatch.setattr(
         kernels, "causal_attention", lambda *a, **options: ran.append(options["launch"]) or attend(*a, **options)
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engines.base import Request, SamplingParams
-from engines.fused import LLM, layers
+from engines.fused import LLM, attention, products
 from engines.fused.prefill_graphs import PrefillBuffers, PrefillGraphs
 from engines.fused.state import STAGES
 from engines.nano.prefill import PrefillInputs
@@ -108,8 +108,8 @@ def test_products_with_their_ends(runner, monkeypatch):
     """Their descriptors are part of the graph: replayed on other steps' rows, they give these steps' logits."""
     launches = {"prefill_qkv_rope": Launch(64, 64, 32, 4, 3), "prefill_gate_up": Launch(64, 32, 32, 4, 3, per_sm=0)}
     asked = []
-    monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: asked.append(kernel) or launches[kernel])
-    monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
+    monkeypatch.setattr(products, "best_prefill_launch", lambda kernel, *_: asked.append(kernel) or launches[kernel])
+    monkeypatch.setattr(attention, "MAX_PREFILL_ATTENTION", 0)
     buffers = PrefillBuffers(SIZES, 4, runner.max_blocks, runner.device)
     graphs = PrefillGraphs(runner.model, runner.step.draw, buffers)
     assert set(asked) == set(launches)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engines.base import Request, SamplingParams
-from engines.fused import LLM, draw, layers
+from engines.fused import LLM, attention, draw, products
 from kernels.causal_attention import Launch as Causal
 from kernels.decode_attention_launch import Launch as Stream
 from kernels.decode_head import Launch as HeadLaunch
@@ -60,12 +60,12 @@ def test_bfloat16_kernels_that_only_measurements_choose(monkeypatch):
     memory, the head of many rows, and attention that holds a stream's first tile: on a GPU with a table, larger shapes
     run them."""
     launches = {"prefill_qkv_rope": Prefill(64, 64, 32, 4, 3), "prefill_gate_up": Prefill(64, 32, 32, 4, 3, per_sm=0)}
-    monkeypatch.setattr(layers, "best_prefill_launch", lambda kernel, *_: launches[kernel])
-    monkeypatch.setattr(layers, "best_prefill_gate_up", lambda *_: launches["prefill_gate_up"])
-    monkeypatch.setattr(layers, "MAX_PREFILL_ATTENTION", 0)
-    monkeypatch.setattr(layers, "best_causal_launch", lambda *_: Causal(16, 32, 4, 2))
+    monkeypatch.setattr(products, "best_prefill_launch", lambda kernel, *_: launches[kernel])
+    monkeypatch.setattr(products, "best_prefill_gate_up", lambda *_: launches["prefill_gate_up"])
+    monkeypatch.setattr(attention, "MAX_PREFILL_ATTENTION", 0)
+    monkeypatch.setattr(attention, "best_causal_launch", lambda *_: Causal(16, 32, 4, 2))
     held = lambda rows, out, k, gated, *_: Product("tiled", 32, 64, 4, 16, split_k=k // 64, described=True)  # noqa: E731
-    monkeypatch.setattr(layers, "best_launch", held)
+    monkeypatch.setattr(products, "best_launch", held)
     tiles = HeadLaunch(tiles=Prefill(16, 128, 32, 4, 3))
     for module in (draw, sys.modules["kernels.decode_head"]):
         monkeypatch.setattr(module, "best_launch", lambda *_: tiles)
