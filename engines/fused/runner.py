@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from engines.base import NO_LAYER, EngineConfig, HostPhases, SamplingParams, Site
+from engines.base import EngineConfig, HostPhases, SamplingParams, Site
 from engines.fused.decode import DecodeStep, Graphs
 from engines.fused.features import FusedOptions, fallbacks
 from engines.fused.layers import FusedLayer
@@ -65,7 +65,7 @@ class FusedRunner(ModelRunner):
 
     @property
     def sites(self) -> list[tuple[Site, nn.Module]]:
-        return [*self.step.sites(), (Site(NO_LAYER, "sample", "sample"), self.sampler)]
+        return self.step.sites()
 
     @torch.inference_mode()
     def launch(self, sequences: list[Sequence], unread: Flight | None = None) -> Flight:
