@@ -18,6 +18,8 @@ TILED_ROWS = 8
 """From here on the tiled kernel is tried, with norms in halves."""
 PREFILL_ROWS = 128
 """From here on `prefill_gate_up` behind a norm is tried for gate and up."""
+DESCRIBED_ROWS = 64
+"""From so many rows of x in a tile on, loops by descriptors are tried too."""
 TILED_STAGES = (6, 8)
 """Tiles of a tiled program's loop that are under way at once, at most: 8 are all of K = 1024 by 128."""
 
@@ -189,6 +191,9 @@ def _looped_candidates(op: Op, block_m: int, tile_n: int, split_k: int, quick: b
             num_stages = min(most, part // block_k, shared_bytes // stage_bytes)
             if num_stages >= 2:
                 yield Launch("tiled", block_n, block_k, warps, block_m, num_stages, split_k)
+                # Of large tiles the threads issue so many loads that the accelerator may be the better one for it.
+                if block_m >= DESCRIBED_ROWS and most == TILED_STAGES[0]:
+                    yield Launch("tiled", block_n, block_k, warps, block_m, num_stages, split_k, described=True)
 
 
 def head_candidates(rows: int, hidden: int, quick: bool) -> list[HeadLaunch]:

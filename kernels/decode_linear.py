@@ -56,7 +56,7 @@ class Launch:
     block_m: rows of x per program (tiled), or per pass over the W that it holds (matrix)
     split_k: programs that share one sum over K (tiled)
     ahead: load the program's part of W, or ask for it, before the wait (tiled)
-    described: a part that is one tile is loaded into shared memory, by a descriptor, where the GPU can (tiled)
+    described: W and x come by descriptors, where the GPU can; a part that is one tile, to shared memory (tiled)
     registers: the most that a thread may use. Where a number is named, the compiler asks for all of x at once instead
         of piece by piece, which would save registers. 0: the compiler's choice
     halves: as o_proj or down_proj also make half of the norm that comes next, if the product after it is tiled (tiled)

@@ -11,7 +11,8 @@ as its x and multiplies its sums by 1 / rms, since a row's factor commutes with 
 Few columns give few programs; several may share the sum over K, the last to arrive adding the parts in a fixed order.
 A program whose part of K is one tile holds its W before it waits for the kernel before: in registers, or, described, in
 shared memory, where the tensor memory accelerator puts it and the instruction takes it from. Any other asks its part of
-W into the L2 before the wait, and streams it from there through a pipelined loop.
+W into the L2 before the wait, and streams it from there through a pipelined loop, by ordinary loads or, described, by
+the accelerator.
 
 W's rows or x's stand along the 64 rows of the instruction, whichever fill it.
 """
@@ -64,6 +65,15 @@ def _product(w, a, total, X_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _described_w(weight, column, k, GATED: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[TILE_N, BLOCK_K] of W by its descriptor; gated: the gate's rows, then up's."""
+    if GATED:
+        return tl.reshape(weight.load([0, column, k]), [TILE_N, BLOCK_K])
+    else:
+        return weight.load([column, k])
+
+
+@triton.jit
 def _sum_of_parts(place, size, SPLIT_K: tl.constexpr):
     """All parts are asked for before the first is added; past the L1, which does not know other programs' writes."""
     parts = (tl.load(place, cache_modifier=".cg"),)
@@ -78,14 +88,14 @@ def _sum_of_parts(place, size, SPLIT_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "squares_parts"])
 def decode_linear_tiled_kernel(
-    x, squares, weight, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, rows, out, squares_parts,
-    eps, K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PIECES: tl.constexpr, HELD: tl.constexpr,
-    DESCRIBED: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, squares, weight, asked, bias, y, next_norm_weight, next_rows, next_squares, parts, counters, rows, out,
+    squares_parts, eps, K: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SQUARES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PIECES: tl.constexpr,
+    HELD: tl.constexpr, DESCRIBED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_M rows and BLOCK_N columns of y, or one of SPLIT_K parts of its sum over K.
 
-    DESCRIBED: x and weight are descriptors, and K is SPLIT_K tiles.
+    DESCRIBED: x and weight are descriptors, and the parts are equal. asked: W itself, to be asked for before the wait.
     """
     let_next_start(DEPENDENT)
     # Gate and up in one tile: 8 rows of the one, 8 of the other, so that a thread gets both results of a column.
@@ -104,7 +114,8 @@ def decode_linear_tiled_kernel(
     else:
         w_row = tl.minimum(first_column + n, out - 1)
     w_row = w_row.to(tl.int64)
-    row = tile % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tile % row_blocks * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     is_row = row < rows
     # Surplus rows read others again: all of them the last one, and all programs would wait for the same few lines. A
     # mask costs more, also where no row is surplus.
@@ -114,22 +125,20 @@ def decode_linear_tiled_kernel(
     PART: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     EVEN: tl.constexpr = PART * SPLIT_K == K
     k0 = split * PART + tl.arange(0, BLOCK_K)
-    if DESCRIBED:
-        if GATED:
-            held = tl.reshape(weight.load([0, first_column, split * PART]), [TILE_N, BLOCK_K])
-        else:
-            held = weight.load([first_column, split * PART])
-    else:
+    if not DESCRIBED:
         w_tile = weight + w_row[:, None] * K + k0[None, :]
         x_tile = x + x_row[:, None] * K + k0[None, :]
-        if HELD:
+    if HELD:
+        if DESCRIBED:
+            held = _described_w(weight, first_column, split * PART, GATED, TILE_N, BLOCK_K)
+        else:
             held = tl.load(w_tile, eviction_policy="evict_first")
-        elif PIECES > 0:
-            piece = tl.arange(0, PIECES) * (PART // PIECES)
-            ask_into_l2(
-                weight + w_row[:, None] * K + split * PART + piece[None, :],
-                PART // PIECES * weight.dtype.element_ty.itemsize,
-            )
+    elif asked is not None:
+        piece = tl.arange(0, PIECES) * (PART // PIECES)
+        ask_into_l2(
+            asked + w_row[:, None] * K + split * PART + piece[None, :],
+            PART // PIECES * asked.dtype.element_ty.itemsize,
+        )
     if bias is not None:
         if GATED:
             b = tl.load(bias + tl.minimum(column, out - 1)).to(tl.float32)[None, :]
@@ -148,13 +157,15 @@ def decode_linear_tiled_kernel(
         part = tl.arange(0, SQUARES)[:, None]
         square = tl.load(squares + part * rows + x_row[None, :], mask=part < squares_parts, other=0.0)
     total = tl.zeros([BLOCK_M, TILE_N] if X_FIRST else [TILE_N, BLOCK_M], tl.float32)
-    if DESCRIBED:
-        total = _product(held, x.load([tile % row_blocks * BLOCK_M, split * PART]), total, X_FIRST)
-    elif HELD:
-        total = _product(held, tl.load(x_tile), total, X_FIRST)
+    if HELD:
+        a = x.load([first_row, split * PART]) if DESCRIBED else tl.load(x_tile)
+        total = _product(held, a, total, X_FIRST)
     else:
         for start in range(0, PART, BLOCK_K):
-            if EVEN:
+            if DESCRIBED:
+                w = _described_w(weight, first_column, split * PART + start, GATED, TILE_N, BLOCK_K)
+                a = x.load([first_row, split * PART + start])
+            elif EVEN:
                 w = tl.load(w_tile + start, eviction_policy="evict_first")
                 a = tl.load(x_tile + start)
             else:
@@ -252,7 +263,8 @@ def run_tiled(
         )
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     held = launch.ahead and k == split_k * launch.block_k
-    describes = held and launch.described and can_describe(given, weight)
+    describes = launch.described and k % (split_k * launch.block_k) == 0 and can_describe(given, weight)
+    pieces = _pieces(k, launch, given.element_size()) if dependent and launch.ahead and not held else 0
     operands: tuple[Any, Any] = given, weight
     if describes:
         operands = (
@@ -260,12 +272,12 @@ def run_tiled(
             described(weight, (launch.block_n, launch.block_k), parts=2 if gated else 0),
         )
     decode_linear_tiled_kernel[(tiles, split_k)](
-        operands[0], squares, operands[1], bias, y, next_norm_weight, left and left.rows, left and left.squares, parts,
-        counters, rows, out, squares_parts, eps,
+        operands[0], squares, operands[1], weight if pieces else None, bias, y, next_norm_weight, left and left.rows,
+        left and left.squares, parts, counters, rows, out, squares_parts, eps,
         K=k, GATED=gated, RESIDUAL=residual,
         SQUARES=triton.next_power_of_2(max(1, squares_parts, k // SQUARES_COLUMNS)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, SPLIT_K=split_k,
-        PIECES=_pieces(k, launch, given.element_size()) if dependent and launch.ahead else 0,
+        PIECES=pieces,
         HELD=held, DESCRIBED=describes, DEPENDENT=dependent,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **options,
     )  # fmt: skip

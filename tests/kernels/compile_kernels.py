@@ -104,6 +104,8 @@ def compile_launches(capability: int, shared_limit: int) -> None:
         decode_linear(16, 3072, 1024, torch.bfloat16, residual=True, launch=split)
         described = Launch("tiled", 32, 256, 4, block_m=64, split_k=4, described=True)
         norm_in_halves(64, 2048, 1024, 3072, torch.bfloat16, None, described)
+        looped = Launch("tiled", 64, 64, 8, block_m=128, num_stages=4, split_k=2, described=True)
+        norm_in_halves(256, 2048, 1024, 3072, torch.bfloat16, looped, looped)
         for rows in (16, 128):
             held = Launch("tiled", 64, 256, 4, block_m=min(rows, 64), split_k=8)
             norm_in_halves(rows, 2048, 1024, 3072, torch.bfloat16, held, None)

@@ -147,13 +147,16 @@ HELD = [
     Launch("tiled", 32, 32, 4, block_m=64, split_k=4, ahead=False),
     Launch("tiled", 32, 64, 4, block_m=16, split_k=2, described=True),
     Launch("tiled", 16, 128, 4, block_m=64, described=True),
+    Launch("tiled", 32, 32, 4, block_m=16, num_stages=2, described=True),
+    Launch("tiled", 16, 32, 4, block_m=64, num_stages=2, split_k=2, described=True),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("launch", HELD, ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_a_part_of_one_tile(gated, launch, randn, assert_close):
-    """W held from before the wait, W's rows first and x's; the last asks for nothing ahead."""
+    """W held from before the wait, W's rows first and x's; one asks for nothing ahead, the last two stream W by
+    descriptors."""
     x, weight, gamma = inputs(randn, 70, 128, 38, torch.float32)
     bias = randn(38)
     y = decode_linear(x, weight, norm_weight=gamma, eps=EPS, bias=bias, gated=gated, launch=launch)
