@@ -67,3 +67,8 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "cpu" and not INTERPRETED:
         raise ValueError("Triton kernels take CPU tensors only if TRITON_INTERPRET=1 was set before kernels' import.")
     return True
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two, the number itself if it is one; 1 for 0. As Triton wants the sizes of tiles."""
+    return 1 << max(0, number - 1).bit_length()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kernels._triton import triton
+from kernels._triton import power_of_two, triton
 from kernels._tune_models import Op
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import default_launch as default_head
@@ -144,7 +144,7 @@ def _vector_candidates(op: Op) -> Iterable[Launch]:
 
 def _tiled_candidates(op: Op, rows: int, quick: bool) -> Iterable[Launch]:
     """Tiles of W of 32 to 128 rows for 64 to 400 programs: their W held, or few and many loads under way in a loop."""
-    padded = max(16, 1 << (rows - 1).bit_length())
+    padded = max(16, power_of_two(rows))
     for block_m in sorted({min(64, padded), min(128, padded), 64}):
         # Rows of x beyond the last fill the instruction where W's do not.
         for tile_n in (32, 64, 128) if block_m <= padded else (32,):
@@ -204,7 +204,7 @@ def head_candidates(rows: int, hidden: int, quick: bool) -> list[HeadLaunch]:
 
 def _head_tiles(rows: int, quick: bool) -> Iterable[PrefillLaunch]:
     """Of up to 200 KiB of shared memory, or a half where two programs share it; a group of 4 warps makes 64 rows."""
-    block_m = max(16, 1 << (rows - 1).bit_length())
+    block_m = max(16, power_of_two(rows))
     found = HEAD_TILES.get(min(block_m, 256), ()) if rows >= HEAD_TILES_ROWS else ()
     return found[:2] if quick else found
 

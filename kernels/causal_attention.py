@@ -32,7 +32,7 @@ from kernels._checks import check_float, check_integers, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import power_of_two, runs_triton, tl, triton
 from kernels.choices import chosen, launch_of
 from kernels.prefill_linear import can_describe, described
 
@@ -152,7 +152,7 @@ def default_launch(head_dim: int, group: int, element_bytes: int) -> Launch:
 
 def shape_key(heads: int, kv_heads: int, head_dim: int, tokens: int, longest: int) -> str:
     """Under which a measured choice is kept: the heads, all tokens and the longest prompt's, to powers of two."""
-    tokens, longest = (1 << (number - 1).bit_length() for number in (tokens, longest))
+    tokens, longest = (power_of_two(number) for number in (tokens, longest))
     return f"{heads}/{kv_heads}x{head_dim} tokens {tokens} of at most {longest}"
 
 
@@ -199,8 +199,8 @@ def causal_attention(
     o = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if o.numel() == 0:
         return o
-    group = 1 << (heads // kv_heads - 1).bit_length()
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    group = power_of_two(heads // kv_heads)
+    block_d = max(16, power_of_two(head_dim))
     launch = launch or default_launch(head_dim, group, q.element_size())
     operands: tuple[Any, ...] = (k, v)
     describes = block_d == head_dim and can_describe(k, v) and (k.stride(0) | v.stride(0)) * k.element_size() % 16 == 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels._triton import power_of_two
 from kernels.choices import chosen, launch_of
 
 MAX_SPLITS = 32
@@ -82,12 +83,12 @@ class Launch:
 
 def block_d(head_dim: int) -> int:
     """Columns of a tile that holds a head: a power of two, 16 at least."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, power_of_two(head_dim))
 
 
 def block_g(group: int) -> int:
     """Rows of a tile that holds a group of heads: a power of two."""
-    return 1 << (group - 1).bit_length()
+    return power_of_two(group)
 
 
 def keys_at_once(num_warps: int, head_dim: int, element_bytes: int) -> int:
@@ -167,7 +168,7 @@ def candidates(
 
 def shape_key(rows: int, heads: int, kv_heads: int, head_dim: int, short: bool = False) -> str:
     """Under which a measured choice is kept: rows to the next power of two, the heads, and if contexts are short."""
-    return f"{heads}/{kv_heads}x{head_dim} rows {1 << (rows - 1).bit_length()}{' short' if short else ''}"
+    return f"{heads}/{kv_heads}x{head_dim} rows {power_of_two(rows)}{' short' if short else ''}"
 
 
 def best_launch(

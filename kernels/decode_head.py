@@ -30,7 +30,7 @@ from kernels._checks import check_float, check_like
 from kernels._dependent import ask_into_l2, can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import power_of_two, runs_triton, tl, triton
 from kernels.choices import chosen, launch_of
 from kernels.decode_head_tiles import run_tiles
 from kernels.decode_linear import Launch as LinearLaunch
@@ -135,13 +135,13 @@ def decode_head_kernel(
 
 def default_launch(k: int, element_bytes: int) -> Launch:
     """A launch that runs on any supported GPU: under 96 KiB of shared memory."""
-    block_k = min(64 if element_bytes == 2 else 32, max(16, 1 << (k - 1).bit_length()))
+    block_k = min(64 if element_bytes == 2 else 32, max(16, power_of_two(k)))
     return Launch(block_k, 4, 4)
 
 
 def shape_key(rows: int, vocab: int, k: int) -> str:
     """Under which a measured choice is kept: rows to the next power of two."""
-    return f"{vocab}x{k} rows {1 << (rows - 1).bit_length()}"
+    return f"{vocab}x{k} rows {power_of_two(rows)}"
 
 
 def best_launch(rows: int, vocab: int, k: int, element_bytes: int, device: torch.device) -> Launch | None:
@@ -210,7 +210,7 @@ def decode_head(
         return logits, tile_max, tile_sum
     dependent = dependent and can_depend(x.device)
     options = {"launch_pdl": True} if dependent else {}
-    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
+    block_m = min(64, max(16, power_of_two(rows)))
     decode_head_kernel[(tiles, -(-rows // block_m))](
         x, norm_weight, weight, temperatures, logits, tile_max, tile_sum, rows, vocab, eps,
         K=k,

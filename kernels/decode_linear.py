@@ -39,7 +39,7 @@ from kernels._checks import check_float, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import power_of_two, runs_triton, tl, triton
 from kernels.choices import chosen, launch_of
 from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values
 from kernels.prefill_linear import Launch as PrefillLaunch
@@ -385,16 +385,16 @@ def default_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int)
     reach = 16 // element_bytes * 32  # elements that one warp loads in one instruction, 16 bytes a thread
     row_bytes = k * element_bytes * (2 if gated else 1)
     if rows <= VECTOR_ROWS and row_bytes <= 8 * VECTOR_BYTES:
-        num_warps = max(2, min(8, _power_of_two(row_bytes) // VECTOR_BYTES * 2))
-        block_n = max(1, min(16, VECTOR_BYTES * num_warps // 2 // _power_of_two(row_bytes)))
-        return Launch("vector", block_n, min(reach * num_warps, _power_of_two(k)), num_warps)
+        num_warps = max(2, min(8, power_of_two(row_bytes) // VECTOR_BYTES * 2))
+        block_n = max(1, min(16, VECTOR_BYTES * num_warps // 2 // power_of_two(row_bytes)))
+        return Launch("vector", block_n, min(reach * num_warps, power_of_two(k)), num_warps)
     return _tiled_launch(rows, out, k, gated, element_bytes)
 
 
 def _tiled_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int) -> Launch:
-    block_m = min(128 if element_bytes == 2 else 32, max(16, _power_of_two(rows)))
+    block_m = min(128 if element_bytes == 2 else 32, max(16, power_of_two(rows)))
     block_n = next((size for size in (64, 32) if out >= size * 96), 16)
-    block_k = min(max(16, _power_of_two(k)), 128 if element_bytes == 2 and block_m <= 64 else 64)
+    block_k = min(max(16, power_of_two(k)), 128 if element_bytes == 2 and block_m <= 64 else 64)
     stage_bytes = (block_n * (2 if gated else 1) + block_m) * block_k * element_bytes
     stages = max(2, min(5, TILED_SHARED_BYTES // stage_bytes))
     return Launch("tiled", block_n, block_k, 4, block_m=block_m, num_stages=stages)
@@ -429,7 +429,7 @@ def matrix_candidates(rows: int, out: int, k: int, gated: bool, element_bytes: i
 
 def shape_key(rows: int, out: int, k: int, gated: bool) -> str:
     """Under which a measured choice is kept: rows to the next power of two, and what W looks like."""
-    return f"{'gated ' if gated else ''}{out}x{k} rows {_power_of_two(rows)}"
+    return f"{'gated ' if gated else ''}{out}x{k} rows {power_of_two(rows)}"
 
 
 def best_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device) -> Launch | None:
@@ -450,11 +450,6 @@ def best_prefill_gate_up(
     if choice is None or choice.get("path") != "prefill":
         return None
     return launch_of(PrefillLaunch, choice["launch"], device)
-
-
-def _power_of_two(number: int) -> int:
-    """The next power of two, the number itself if it is one."""
-    return 1 << (number - 1).bit_length()
 
 
 def _check(
@@ -535,12 +530,12 @@ def decode_linear(
     if launch.kernel == "vector":
         decode_linear_vector_kernel[(-(-out // launch.block_n),)](
             given, norm_weight, weight, bias, y, rows, out, eps,
-            K=k, GATED=gated, RESIDUAL=residual is not None, ROWS=_power_of_two(rows), BLOCK_N=launch.block_n,
+            K=k, GATED=gated, RESIDUAL=residual is not None, ROWS=power_of_two(rows), BLOCK_N=launch.block_n,
             BLOCK_K=launch.block_k, DEPENDENT=dependent, **options,
         )  # fmt: skip
         return y
     blocks = -(-rows // launch.block_m)
-    passes = min(MATRIX_PASSES, _power_of_two(blocks))
+    passes = min(MATRIX_PASSES, power_of_two(blocks))
     decode_linear_matrix_kernel[(-(-out // launch.block_n), -(-blocks // passes))](
         given, norm_weight, weight, bias, y, rows, out, eps,
         K=k, GATED=gated, RESIDUAL=residual is not None, PASSES=passes, BLOCK_M=launch.block_m,

@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels._checks import check_float, check_integers, check_like
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import power_of_two, runs_triton, tl, triton
 
 LOG2_E = 1.4426950408889634
 SPLIT_TOKENS = 256
@@ -299,7 +299,7 @@ def paged_attention(
     if splits > 1:
         part_o = torch.empty((splits, tokens, heads, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, tokens, heads), dtype=torch.float32, device=q.device)
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_d = max(16, power_of_two(head_dim))
     paged_attention_kernel[(row_blocks, kv_heads, sequences * splits)](
         q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, o, part_o, part_lse, tokens, max_blocks,
         scale * LOG2_E,

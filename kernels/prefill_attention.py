@@ -34,7 +34,7 @@ from kernels._checks import check_cache_write, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import HAVE_TRITON, INTERPRETED, runs_triton, tl, triton
+from kernels._triton import HAVE_TRITON, INTERPRETED, power_of_two, runs_triton, tl, triton
 from kernels.causal_attention import reference as causal_attention_reference
 from kernels.qk_norm_rope_cache import reference as qk_norm_rope_cache_reference
 from kernels.qk_norm_rope_cache import saved_bytes as rope_saved_bytes
@@ -237,18 +237,13 @@ def keys_of_a_tile(head_dim: int, element_bytes: int) -> tuple[int, int]:
 
 def default_launch(tokens: int, heads: int, kv_heads: int, head_dim: int, element_bytes: int) -> Launch:
     """From shapes alone."""
-    group = _padded(heads // kv_heads)
+    group = power_of_two(heads // kv_heads)
     block_t = max(1, 16 // group)
     while block_t * group < MOST_ROWS and -(-tokens // block_t) * kv_heads > PROGRAMS:
         block_t *= 2
     alone, beside = keys_of_a_tile(head_dim, element_bytes)
-    block_n = max(16, _padded(tokens)) if tokens <= alone else beside
+    block_n = max(16, power_of_two(tokens)) if tokens <= alone else beside
     return Launch(block_t, block_n, 8 if block_n * head_dim * element_bytes > 32 * 128 * 2 else 4)
-
-
-def _padded(number: int) -> int:
-    """The power of two from `number` on."""
-    return 1 << (number - 1).bit_length()
 
 
 def prefill_attention(
@@ -277,12 +272,12 @@ def prefill_attention(
     if tokens > 0:
         depends = dependent and can_depend(qkv.device)
         launch = launch or default_launch(tokens, num_heads, num_kv_heads, head_dim, qkv.element_size())
-        if launch.block_t * _padded(num_heads // num_kv_heads) < 16:
+        if launch.block_t * power_of_two(num_heads // num_kv_heads) < 16:
             raise ValueError(f"{launch.block_t} tokens of a group of heads are less than 16 rows.")
         prefill_attention_kernel[(-(-tokens // launch.block_t), num_kv_heads)](
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, o, tokens, eps, scale * LOG2_E,
-            HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, GROUP=_padded(num_heads // num_kv_heads),
-            BLOCK_T=launch.block_t, BLOCK_N=launch.block_n, BLOCK_HALF=max(16, _padded(head_dim // 2)),
+            HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, GROUP=power_of_two(num_heads // num_kv_heads),
+            BLOCK_T=launch.block_t, BLOCK_N=launch.block_n, BLOCK_HALF=max(16, power_of_two(head_dim // 2)),
             ONE_TILE=tokens <= launch.block_n, DEPENDENT=depends, num_warps=launch.num_warps,
             **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
@@ -294,8 +289,8 @@ def fits(num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int, d
     rows (queries, weights). Small GPUs have 64 or 99 KiB."""
     if device.type != "cuda" or not HAVE_TRITON:
         return True
-    rows = max(MOST_ROWS, _padded(num_heads // num_kv_heads))
-    wanted = _padded(head_dim) * element_bytes * 2 * (max(keys_of_a_tile(head_dim, element_bytes)) + rows)
+    rows = max(MOST_ROWS, power_of_two(num_heads // num_kv_heads))
+    wanted = power_of_two(head_dim) * element_bytes * 2 * (max(keys_of_a_tile(head_dim, element_bytes)) + rows)
     return bool(wanted <= _shared_memory_bytes(device))
 
 

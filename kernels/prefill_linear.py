@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels._dependent import can_depend
 from kernels._dot import dot
-from kernels._triton import HAVE_TRITON, INTERPRETED, tl, triton
+from kernels._triton import HAVE_TRITON, INTERPRETED, power_of_two, tl, triton
 from kernels.choices import chosen, launch_of
 
 if HAVE_TRITON:
@@ -161,7 +161,7 @@ def default_launch(element_bytes: int) -> Launch:
 
 def shape_key(out: int, k: int, rows: int) -> str:
     """The name of a product's shape in the tables of choices; one launch serves all rows up to a power of two."""
-    return f"{out}x{k} rows {1 << max(0, rows - 1).bit_length()}"
+    return f"{out}x{k} rows {power_of_two(rows)}"
 
 
 def best_launch(kernel: str, out: int, k: int, rows: int, dtype: torch.dtype, device: torch.device) -> Launch | None:

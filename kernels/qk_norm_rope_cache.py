@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels._checks import check_cache_write, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import power_of_two, runs_triton, tl, triton
 
 LAUNCHES = ((64, 2, 1), (1024, 4, 1), (1 << 62, 8, 2))
 """(up to so many tokens, heads of one program, its warps): few tokens need many small programs to fill the GPU."""
@@ -144,7 +144,7 @@ def qk_norm_rope_cache(
         qk_norm_rope_cache_kernel[(tokens * -(-heads // block_h),)](
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, q, k, eps,
             HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-            BLOCK_H=block_h, BLOCK_HALF=1 << (head_dim // 2 - 1).bit_length(), DEPENDENT=depends, num_warps=warps,
+            BLOCK_H=block_h, BLOCK_HALF=power_of_two(head_dim // 2), DEPENDENT=depends, num_warps=warps,
             **({"launch_pdl": True} if depends else {}),
         )  # fmt: skip
     if k is None:

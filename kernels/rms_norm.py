@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels._checks import check_float, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import power_of_two, runs_triton, tl, triton
 
 FEW_ROWS = 1024
 """Up to here a program takes one row; above, one for each of its warps, so that more loads are under way."""
@@ -58,7 +58,7 @@ def rms_norm(x: Tensor, norm_weight: Tensor, eps: float, dependent: bool = False
         return reference(x, norm_weight, eps)
     y = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
     if y.numel() > 0:
-        block_k = 1 << (hidden - 1).bit_length()
+        block_k = power_of_two(hidden)
         # Sixteen bytes at a time and four such loads a thread, or up to 16 warps where a row is longer.
         warps = max(1, min(16, block_k // 1024))
         block_m = 1 if rows <= FEW_ROWS else max(1, 4 // warps)

@@ -29,7 +29,7 @@ from torch import Tensor
 from kernels._checks import check_float, check_like
 from kernels._dot import dot
 from kernels._fusion import Fusion
-from kernels._triton import runs_triton, tl, triton
+from kernels._triton import power_of_two, runs_triton, tl, triton
 
 VECTOR_ROWS = 4
 """Up to here each row is a matrix-vector product on the ordinary cores; above, tensor cores serve better."""
@@ -237,13 +237,13 @@ def launch(
     new_residual = None if residual is None else torch.empty_like(residual)
     if rows > 0 and out > 0:
         tensors = (x, residual, norm_weight, weight, bias, y, new_residual)
-        block_k = max(16, 1 << (hidden - 1).bit_length())
+        block_k = max(16, power_of_two(hidden))
         if rows <= VECTOR_ROWS and block_k <= VECTOR_HIDDEN:
             block_n = max(1, VECTOR_ELEMENTS // block_k // (2 if gated else 1))
             block_n = min(16, block_n)
             rms_norm_linear_vector_kernel[((out + block_n - 1) // block_n,)](
                 *tensors, rows, out, eps,
-                HIDDEN=hidden, GATED=gated, ROWS=1 << (rows - 1).bit_length(), BLOCK_N=block_n, BLOCK_K=block_k,
+                HIDDEN=hidden, GATED=gated, ROWS=power_of_two(rows), BLOCK_N=block_n, BLOCK_K=block_k,
                 num_warps=2 if block_k <= VECTOR_ELEMENTS and x.element_size() == 2 else 4,
             )  # fmt: skip
         else:
