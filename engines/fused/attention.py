@@ -18,38 +18,45 @@ from kernels.prefill_qkv_rope import takes as takes_heads
 
 Rotated = tuple[Tensor, Tensor | None, Tensor | None]
 """q, k and v as attention takes them."""
+Behind = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, float]
+"""Both norms' gammas, the rotary table, positions, slots or blocks of the cache, keys and values in it, query heads,
+key/value heads, their dimension and the norms' epsilon: what kernels that norm and rotate take behind their input."""
 MAX_PREFILL_ATTENTION = 256
 """Tokens of a step up to which one kernel is faster than rotation and attention apart."""
 
 
-class RopeCache(nn.Module):
-    """Head norms, rotation and cache write in one kernel, from the joint projection [tokens, q + k + v]."""
+class _OfAttention(nn.Module):
+    """Part of one attention, whose weights and cache it reads."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self._attention = (attention,)
+        self._attention = (attention,)  # in a tuple, since its weights are not this module's
+
+    def _behind(self, positions: Tensor, places: Tensor) -> Behind:
+        (a,) = self._attention
+        gammas = (a.q_norm.weight, a.k_norm.weight) if a.q_norm and a.k_norm else (None, None)
+        return (
+            *gammas, a.rotary.table, positions, places, a.kv_write.k_cache, a.kv_write.v_cache,
+            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0,
+        )  # fmt: skip
+
+
+class RopeCache(_OfAttention):
+    """Head norms, rotation and cache write in one kernel, from the joint projection [tokens, q + k + v]."""
 
     def forward(
         self, qkv: Tensor, positions: Tensor, context: StepContext
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """q [tokens, heads, dim]; and k, v [tokens, kv_heads, dim] where attention may use them without the cache."""
-        (a,) = self._attention
         wants_kv = context.cu_seqlens_k is not None and not context.is_decode
         result: Any = kernels.qk_norm_rope_cache(
-            qkv, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None, a.rotary.table,
-            positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
-            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, return_kv=wants_kv,
-            dependent=depends(context),
-        )  # fmt: skip
+            qkv, *self._behind(positions, context.slot_mapping), return_kv=wants_kv, dependent=depends(context)
+        )
         return result if wants_kv else (result, None, None)
 
 
-class QkvRope(nn.Module):
+class QkvRope(_OfAttention):
     """Projection, head norms, rotation and cache write in one kernel, for prefill of many rows."""
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self._attention = (attention,)
 
     def takes(self, hidden: Tensor, context: StepContext) -> bool:
         """Whether one kernel is the faster way, and possible."""
@@ -63,20 +70,15 @@ class QkvRope(nn.Module):
         (a,) = self._attention
         wants_kv = context.cu_seqlens_k is not None
         result: Any = kernels.prefill_qkv_rope(
-            normed, a.qkv_proj.weight, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None,
-            a.rotary.table, positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
-            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, bias=a.qkv_proj.bias, return_kv=wants_kv,
-            launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context), dependent=depends(context),
+            normed, a.qkv_proj.weight, *self._behind(positions, context.slot_mapping), bias=a.qkv_proj.bias,
+            return_kv=wants_kv, launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context),
+            dependent=depends(context),
         )  # fmt: skip
         return result if wants_kv else (result, None, None)
 
 
-class PrefillAttention(nn.Module):
+class PrefillAttention(_OfAttention):
     """All between qkv_proj and o_proj in one kernel, for short prompts: [tokens, q + k + v] → [tokens, heads · dim]."""
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self._attention = (attention,)
 
     def takes(self, qkv: Tensor, context: StepContext) -> bool:
         """Whether one kernel is the faster way, and possible: nothing of the prompts may be in the cache before."""
@@ -88,19 +90,12 @@ class PrefillAttention(nn.Module):
     def forward(self, qkv: Tensor, positions: Tensor, context: StepContext) -> Tensor:
         (a,) = self._attention
         return kernels.prefill_attention(
-            qkv, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None, a.rotary.table,
-            positions, context.slot_mapping, a.kv_write.k_cache, a.kv_write.v_cache,
-            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, a.attention.scale,
-            dependent=depends(context),
-        )  # fmt: skip
+            qkv, *self._behind(positions, context.slot_mapping), a.attention.scale, dependent=depends(context)
+        )
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(_OfAttention):
     """Attention of prompts of which nothing was in the cache before, from q, k and v [tokens, heads, dim]."""
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self._attention = (attention,)
 
     def launch(self, q: Tensor, context: StepContext) -> Any:
         """How its kernel is the faster way; None where it is not, or keys are to come from the cache."""
@@ -120,18 +115,12 @@ class CausalAttention(nn.Module):
         ).flatten(1)
 
 
-class DecodeAttention(nn.Module):
+class DecodeAttention(_OfAttention):
     """All between qkv_proj and o_proj in one kernel: [rows, q + k + v] → [rows, heads · dim]."""
-
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self._attention = (attention,)
 
     def forward(self, qkv: Tensor, positions: Tensor, context: DecodeContext, workspace: Any) -> Tensor:
         (a,) = self._attention
         return kernels.decode_attention(
-            qkv, a.q_norm.weight if a.q_norm else None, a.k_norm.weight if a.k_norm else None, a.rotary.table,
-            positions, context.block_tables, a.kv_write.k_cache, a.kv_write.v_cache,
-            a.heads, a.kv_heads, a.dim, a.q_norm.eps if a.q_norm else 0.0, a.attention.scale,
-            workspace=workspace, dependent=context.dependent, max_context=context.max_seqlen_k,
+            qkv, *self._behind(positions, context.block_tables), a.attention.scale, workspace=workspace,
+            dependent=context.dependent, max_context=context.max_seqlen_k,
         )  # fmt: skip
