@@ -121,12 +121,18 @@ def distance(found: Sequence[Tensor]) -> Distance:
     return Distance(*torch.cat(list(found)).mean(0).tolist())
 
 
-def ratio(ours: Sequence[Tensor], noise: Sequence[Tensor], column: int) -> Ratio:
-    """Of the means of a column of `differences`, with a bootstrap over sequences: tokens of one are not independent."""
+def resampled(ours: Sequence[Tensor], noise: Sequence[Tensor], column: int) -> tuple[float, np.ndarray]:
+    """The ratio of the means of a column of `differences`, and what a bootstrap over sequences makes of it: tokens of
+    one are not independent."""
     sums = np.array([[float(one[:, column].sum()) for one in both] for both in (ours, noise)])
     picks = np.random.default_rng(0).integers(sums.shape[1], size=(_RESAMPLES, sums.shape[1]))
-    ratios = sums[0][picks].sum(1) / sums[1][picks].sum(1)
-    return Ratio(float(sums[0].sum() / sums[1].sum()), float(np.quantile(ratios, _LOW)))
+    return float(sums[0].sum() / sums[1].sum()), sums[0][picks].sum(1) / sums[1][picks].sum(1)
+
+
+def ratio(ours: Sequence[Tensor], noise: Sequence[Tensor], column: int) -> Ratio:
+    """Of the means of a column of `differences`."""
+    value, ratios = resampled(ours, noise, column)
+    return Ratio(value, float(np.quantile(ratios, _LOW)))
 
 
 def verify(engine: Engine, checkpoint: Path, dtype: str, device: str, vocab_size: int, seed: int = 0) -> Verification:

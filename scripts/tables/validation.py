@@ -74,12 +74,8 @@ def _left_out(cases: Sequence[str]) -> str:
 
 def _failed(rows: Sequence[Mapping[str, Any]], undecided: bool) -> list[str]:
     """Cases that did not pass: those which more prompts could still decide, or the others."""
-    left = [row for row in rows if not _passed(row) and _is_undecided(row) == undecided]
+    left = [row for row in rows if not _passed(row) and row.get("undecided", False) == undecided]
     return [f"{row['engine']} {row['model']} {row['case']['name']}" for row in left]
-
-
-def _is_undecided(row: Mapping[str, Any]) -> bool:
-    return row.get("undecided", False) and row.get("graphs_passed", True)
 
 
 def _undecided(rows: Sequence[Mapping[str, Any]]) -> str:
