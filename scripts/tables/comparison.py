@@ -10,6 +10,7 @@ from harness.compare.comparison import read
 from harness.compare.contestants import folder_name
 from harness.compare.ratios import MIN_LAUNCHES, Ratio
 from harness.compare.table import Cell, Row, rows
+from harness.report.headline import HOW_TPOT
 from harness.results import COMPARISON_FILE, load
 from scripts.tables.registry import markdown, table
 from scripts.tables.sources import MODEL, REFERENCE, ROOT, run_of_folder
@@ -98,8 +99,6 @@ def _shown(row: Row, labels: list[str], arms: dict[str, str]) -> str:
 
 
 def _cell(row: Row, cell: Cell) -> str:
-    if cell.spread is None:
-        return cell.reason
     text = _spread(row, cell)
     return text if cell.ratio is None else f"{text}, {_ratio(cell.ratio)}"
 
@@ -147,8 +146,7 @@ def models(folder: str = REFERENCE) -> str:
         notes += [f"{name}: {label} left before the end, or took no part: {why}" for label, why in reasons.items()]
     said = (
         f"Medians over rounds in ABBA order, with their range; {OURS} / {BASELINE}: geometric means of rounds that ran "
-        f"next to each other, with their 95 % interval{within}. TPOT: a call's time less that of one "
-        "with a single token of output, over the tokens beyond the first."
+        f"next to each other, with their 95 % interval{within}. {HOW_TPOT}."
     )
     head = ["model", "work", *shown, f"{OURS} / {BASELINE}"]
     return "\n\n".join([markdown(head, body, left=2), " ".join([said, *sources]), *notes])
