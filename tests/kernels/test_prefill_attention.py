@@ -22,7 +22,7 @@ class Case:
         tokens = sum(lengths) + padding
         self.qkv = randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype, scale=2)
         self.gammas = (randn(dim, dtype=dtype), randn(dim, dtype=dtype)) if norm else (None, None)
-        self.table = angles(dim, device, max(1, *lengths, 1))
+        self.table = angles(dim, device, max([1, *lengths]))
         positions = [*(p for length in lengths for p in range(length)), *[0] * padding]
         self.positions = torch.tensor(positions, dtype=torch.int32, device=device)
         blocks = tokens // BLOCK + 2
