@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, Protocol
 
@@ -58,8 +61,40 @@ def checked(bench: Bench, launch: Any, where: str, tolerance: float, failures: l
     return False
 
 
-def time_graph_us(calls: Sequence[Callable[[], Any]]) -> float:
-    """Median µs of one replay of the calls, captured as a graph."""
+@contextmanager
+def beside_another(device: torch.device) -> Iterator[None]:
+    """Inside the `with` block another process has a context on the GPU, and nothing to do there.
+
+    It takes no time itself, but can decide which of its possible paces a chain of dependent kernels runs at.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    idle = "import sys, torch; torch.zeros(1, device=sys.argv[1]); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", idle, f"cuda:{device.index or 0}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        if not other.stdout.readline():
+            raise RuntimeError("the process that should have stood by on the GPU ended.")
+        yield
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def time_graph_us(calls: Sequence[Callable[[], Any]], captures: int = 1) -> float:
+    """Median µs of one replay of the calls, captured as a graph; the slowest of so many captures.
+
+    Programs of dependent kernels take the room that the kernel before leaves them, and which multiprocessors that is
+    can differ from one capture of the same calls to the next, and stay so for as long as the graph lives.
+    """
+    graphs = [_captured(calls) for _ in range(captures)]  # kept, or the next would take the place of the last
+    return max(_replay_us(graph) for graph in graphs)
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         calls[0]()
@@ -69,6 +104,10 @@ def time_graph_us(calls: Sequence[Callable[[], Any]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return graph
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
     graph.replay()
     for start, end in events:

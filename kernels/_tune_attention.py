@@ -35,7 +35,7 @@ TOLERANCE = 1e-2
 MAX_CONTEXT = 4096
 SHORT = (128, 256)
 """Tokens of the contexts for which launches are chosen."""
-TRIES = 5
+TRIES = 8
 """How many of the fastest at short contexts go on: to the chain, or to long contexts."""
 LONG_LOSS = 0.03
 """What is slower by more than this share than the best of them there is no choice for all lengths."""

@@ -20,6 +20,9 @@ Launches = dict[str, Any]
 PAIRS = (("o", "gate_up"), ("down", "qkv"))
 """Products with a norm between them, of which the tiled kernel can make half in the first, half in the second."""
 
+CAPTURES = 3
+"""Of the same launches: the slowest counts, or a choice would rest on the luck of one."""
+
 
 def in_halves(launches: Launches, first: str, second: str) -> bool:
     """Whether the norm between these two products is made in halves."""
@@ -79,7 +82,7 @@ class Chain:
         try:
             for call in calls:  # compiles and loads what follows what only here, which a capture may not do
                 call()
-            return time_graph_us(calls)
+            return time_graph_us(calls, CAPTURES)
         except CANNOT_RUN as reason:
             print(f"{self.contexts.rows:5} chain cannot run, {type(reason).__name__}: {launches}", flush=True)
             return float("inf")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
@@ -21,8 +21,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from kernels._triton import power_of_two
+
 Launch = TypeVar("Launch")
 FOLDER = Path(__file__).with_name("choices")
+BETWEEN = (48, 96, 192)
+"""Numbers of a decode step's rows that are measured beside the powers of two, which are far from one another there."""
 _ignored = False
 
 
@@ -49,6 +53,18 @@ def chosen(kernel: str, key: str, device: torch.device) -> dict[str, Any] | None
     if _ignored or device.type != "cuda":
         return None
     return _table(device).get(kernel, {}).get(key)
+
+
+def rows_measured(rows: int) -> tuple[int, ...]:
+    """Numbers of rows whose measurements may serve a decode step of `rows`, the nearest first."""
+    power = power_of_two(rows)
+    return (*(count for count in BETWEEN if rows <= count < power), power)
+
+
+def chosen_for(kernel: str, rows: int, key: Callable[[int], str], device: torch.device) -> dict[str, Any] | None:
+    """`chosen` for a decode step of `rows`; `key`: of a number of rows that may have been measured."""
+    entries = (chosen(kernel, key(count), device) for count in rows_measured(rows))
+    return next((entry for entry in entries if entry is not None), None)
 
 
 def launch_of(kind: type[Launch], values: Mapping[str, Any], device: torch.device) -> Launch:

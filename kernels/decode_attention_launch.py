@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels._triton import power_of_two
-from kernels.choices import chosen, launch_of
+from kernels.choices import chosen_for, launch_of, rows_measured
 
 MAX_SPLITS = 32
 PART_ROWS = 512
@@ -20,9 +20,11 @@ REGISTER_ROWS = 4
 """Up to here launches without tensor cores are tried, in types of 2 bytes."""
 STREAMS = (
     (64, 2, 3, True), (32, 1, 7, True), (64, 2, 5, True), (32, 1, 3, True), (32, 1, 5, False), (32, 1, 7, False),
-    (64, 2, 3, False), (128, 4, 5, False),
+    (64, 2, 3, False), (128, 4, 5, False), (32, 1, 13, True), (64, 2, 7, True),
 )  # fmt: skip
-"""block_n, num_warps, num_stages and held of streams worth measuring; the first two also for the fewest rows."""
+"""block_n, num_warps, num_stages and held of streams worth measuring; the first two also for the fewest rows. Of the
+last two a multiprocessor has room for two: programs that start while a few large ones of the kernel before still run
+cannot all crowd onto the multiprocessors that have none."""
 SHORT_CONTEXT = 512
 """Tokens: where no context is longer, another launch may be the fastest, whatever it takes at long ones."""
 SHORT_ROWS = 64
@@ -167,8 +169,9 @@ def candidates(
 
 
 def shape_key(rows: int, heads: int, kv_heads: int, head_dim: int, short: bool = False) -> str:
-    """Under which a measured choice is kept: rows to the next power of two, the heads, and if contexts are short."""
-    return f"{heads}/{kv_heads}x{head_dim} rows {power_of_two(rows)}{' short' if short else ''}"
+    """Under which a choice measured for so many rows is kept: the next number that is measured, and if contexts are
+    short."""
+    return f"{heads}/{kv_heads}x{head_dim} rows {rows_measured(rows)[0]}{' short' if short else ''}"
 
 
 def best_launch(
@@ -197,5 +200,7 @@ def _differs(rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.
 
 
 def _measured(rows: int, heads: int, kv_heads: int, head_dim: int, short: bool, device: torch.device) -> Launch | None:
-    entry = chosen("decode_attention", shape_key(rows, heads, kv_heads, head_dim, short), device)
+    entry = chosen_for(
+        "decode_attention", rows, lambda count: shape_key(count, heads, kv_heads, head_dim, short), device
+    )
     return None if entry is None else launch_of(Launch, entry["launch"], device)

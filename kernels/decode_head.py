@@ -31,7 +31,7 @@ from kernels._dependent import ask_into_l2, can_depend, let_next_start, wait_for
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import power_of_two, runs_triton, tl, triton
-from kernels.choices import chosen, launch_of
+from kernels.choices import chosen_for, launch_of, rows_measured
 from kernels.decode_head_tiles import run_tiles
 from kernels.decode_linear import Launch as LinearLaunch
 from kernels.decode_linear import decode_linear
@@ -140,13 +140,15 @@ def default_launch(k: int, element_bytes: int) -> Launch:
 
 
 def shape_key(rows: int, vocab: int, k: int) -> str:
-    """Under which a measured choice is kept: rows to the next power of two."""
-    return f"{vocab}x{k} rows {power_of_two(rows)}"
+    """Under which a choice measured for so many rows is kept: the next number that is measured."""
+    return f"{vocab}x{k} rows {rows_measured(rows)[0]}"
 
 
 def best_launch(rows: int, vocab: int, k: int, element_bytes: int, device: torch.device) -> Launch | None:
     """The launch measured fastest on this GPU, else the default; None where cuBLAS and separate kernels were faster."""
-    choice = chosen("decode_head", shape_key(rows, vocab, k), device) if element_bytes == 2 else None
+    choice = None
+    if element_bytes == 2:
+        choice = chosen_for("decode_head", rows, lambda count: shape_key(count, vocab, k), device)
     if choice is None:
         return default_launch(k, element_bytes)
     if choice.get("path") == "cublas":

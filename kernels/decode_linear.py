@@ -40,7 +40,7 @@ from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import power_of_two, runs_triton, tl, triton
-from kernels.choices import chosen, launch_of
+from kernels.choices import chosen_for, launch_of, rows_measured
 from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values
 from kernels.prefill_linear import Launch as PrefillLaunch
 from kernels.rms_norm import rms_norm
@@ -428,14 +428,21 @@ def matrix_candidates(rows: int, out: int, k: int, gated: bool, element_bytes: i
 
 
 def shape_key(rows: int, out: int, k: int, gated: bool) -> str:
-    """Under which a measured choice is kept: rows to the next power of two, and what W looks like."""
-    return f"{'gated ' if gated else ''}{out}x{k} rows {power_of_two(rows)}"
+    """Under which a choice measured for so many rows is kept: the next number that is measured, and W's looks."""
+    return f"{'gated ' if gated else ''}{out}x{k} rows {rows_measured(rows)[0]}"
+
+
+def _measured(rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device) -> Any:
+    """What the GPU's file says; None: nothing."""
+    if element_bytes != 2:
+        return None
+    return chosen_for("decode_linear", rows, lambda count: shape_key(count, out, k, gated), device)
 
 
 def best_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device) -> Launch | None:
     """The launch measured fastest on this GPU, else the default; None where others' kernels were faster, or should be:
     cuBLAS with separate ones, or `prefill_gate_up`."""
-    choice = chosen("decode_linear", shape_key(rows, out, k, gated), device) if element_bytes == 2 else None
+    choice = _measured(rows, out, k, gated, element_bytes, device)
     if choice is None:
         large = rows > 1 and (2 if gated else 1) * out * k * element_bytes >= LARGE_WEIGHT
         return None if large else default_launch(rows, out, k, gated, element_bytes)
@@ -446,7 +453,7 @@ def best_prefill_gate_up(
     rows: int, out: int, k: int, gated: bool, element_bytes: int, device: torch.device
 ) -> PrefillLaunch | None:
     """How `prefill_gate_up` behind a norm was measured to be a decode step's fastest way here; None: it was not."""
-    choice = chosen("decode_linear", shape_key(rows, out, k, gated), device) if element_bytes == 2 else None
+    choice = _measured(rows, out, k, gated, element_bytes, device)
     if choice is None or choice.get("path") != "prefill":
         return None
     return launch_of(PrefillLaunch, choice["launch"], device)

@@ -1,13 +1,12 @@
 """decode_attention against float64: every path of the launch, the cache afterwards, what must stay unread."""
 
-import sys
 from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import FUSIONS, decode_attention
+from kernels import FUSIONS, choices, decode_attention
 from kernels.decode_attention import workspace
 from kernels.decode_attention_launch import (
     PART_ROWS,
@@ -18,8 +17,6 @@ from kernels.decode_attention_launch import (
     default_launch,
     most_short_rows,
 )
-
-launches = sys.modules["kernels.decode_attention_launch"]
 
 EMPTY = torch.empty
 EPS = 1e-6
@@ -307,7 +304,7 @@ def test_short_contexts_may_have_a_launch_of_their_own(monkeypatch):
     measured = {"16/8x128 rows 32": general, "16/8x128 rows 32 short": short, "16/8x128 rows 128": general}
     measured |= {"16/8x128 rows 64": general, "16/8x128 rows 64 short": general}
     entries = {key: {"launch": asdict(launch)} for key, launch in measured.items()}
-    monkeypatch.setattr(launches, "chosen", lambda kernel, key, device: entries.get(key))
+    monkeypatch.setattr(choices, "chosen", lambda kernel, key, device: entries.get(key))
     shape, device = (16, 8, 128), torch.device("cpu")
     assert best_launch(32, *shape, SHORT_CONTEXT, 2, device) == best_launch(17, *shape, 130, 2, device) == short
     assert best_launch(32, *shape, SHORT_CONTEXT + 1, 2, device) == general

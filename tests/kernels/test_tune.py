@@ -90,7 +90,7 @@ def test_candidates_of_the_head_can_run(rows):
     assert (10 <= len(tiles) <= 16) == (rows >= 8) and (len(found) == len(tiles)) == (rows > 16)
     assert rows > 16 or found[0] == default_head(1024, 2)
     for launch in tiles:
-        assert launch.block_n in (TILE, 2 * TILE) and launch.block_m <= max(16, rows)
+        assert launch.block_n in (TILE, 2 * TILE) and launch.block_m <= max(16, triton.next_power_of_2(rows))
         shared = (launch.block_n + launch.block_m) * launch.block_k * 2 * launch.num_stages + launch.block_m * TILE * 2
         assert shared <= 210 * 1024 // launch.per_sm
         assert launch.block_m * launch.block_n / (launch.num_warps * 32) <= 128  # sums in each thread's registers
@@ -193,6 +193,38 @@ def test_choices_come_back(gpu):
     assert best_launch(40, 1024, 2048, False, 2, gpu) == best_launch(9, 1024, 2048, False, 2, gpu) == launch
 
 
+def test_rows_between_powers_of_two_may_have_a_measurement_of_their_own(gpu):
+    """And have the next power's where there is none, each kernel for itself."""
+    between, power = (Launch("tiled", 32, 128, 4, block_m=16, num_stages=stages) for stages in (3, 5))
+    measured = {96: between, 128: power}
+    entries = {f"1024x2048 rows {rows}": {"launch": choices.fields_of(launch)} for rows, launch in measured.items()}
+    choices.save(gpu, {"decode_linear": entries}, {"gpu": "Some GPU"})
+    found = {rows: best_launch(rows, 1024, 2048, False, 2, gpu) for rows in (65, 96, 97, 128)}
+    assert found == {65: between, 96: between, 97: power, 128: power}
+    attention = AttentionLaunch(32, 1, 256, 1, True, 3)
+    entries = {"16/8x128 rows 128": {"launch": choices.fields_of(attention)}}
+    choices.save(gpu, {"decode_attention": entries}, {"gpu": "Some GPU"})
+    assert best_attention(80, 16, 8, 128, 4096, 2, gpu) == attention
+    counts = {rows: choices.rows_measured(rows) for rows in (1, 3, 32, 33, 48, 49, 64, 65, 100, 129, 192, 193, 257)}
+    assert counts == {
+        1: (1,), 3: (4,), 32: (32,), 33: (48, 64), 48: (48, 64), 49: (64,), 64: (64,), 65: (96, 128), 100: (128,),
+        129: (192, 256), 192: (192, 256), 193: (256,), 257: (512,),
+    }  # fmt: skip
+
+
+def test_the_slowest_capture_counts(monkeypatch):
+    """Of as many graphs as are asked for, all of which are there when the first is timed."""
+    alive, paces = [], iter((3.0, 5.0, 4.0))
+    monkeypatch.setattr(_timing, "_captured", lambda calls: alive.append(calls) or len(alive))
+    monkeypatch.setattr(_timing, "_replay_us", lambda graph: next(paces) + 10 * len(alive))
+    assert _timing.time_graph_us([], captures=3) == 35.0
+
+
+def test_nobody_stands_by_where_there_is_no_gpu():
+    with _timing.beside_another(CPU):
+        pass
+
+
 def test_prefills_kernel_may_be_decodes_choice(gpu):
     """The entry says so and how; what it says of others is none of decode_linear's launches."""
     launch = PrefillLaunch(64, 64, 64, 4, 3, per_sm=0)
@@ -236,7 +268,7 @@ def made_up(monkeypatch, gpu):
     """A tuner that runs here, on the references: few candidates, and times made up after the first call has run."""
     times = random.Random(7)
 
-    def time_graph_us(calls):
+    def time_graph_us(calls, captures=1):
         calls[0]()
         return len(calls) * times.uniform(2.0, 3.0)
 
@@ -281,7 +313,7 @@ def test_the_whole_tuner(made_up, gpu, monkeypatch, capsys, ops):
         shape_key(rows, op.out, op.k, op.gated) for op in TINY.ops() if op.name in names for rows in (16, 40)
     }
     kinds = ["", " short"] if "attention" in names else []
-    assert set(table["decode_attention"]) == {f"4/2x16 rows {rows}{kind}" for rows in (16, 64) for kind in kinds}
+    assert set(table["decode_attention"]) == {f"4/2x16 rows {rows}{kind}" for rows in (16, 48) for kind in kinds}
     assert all(entry["launch"]["block_n"] == 16 for entry in table["decode_attention"].values())
     assert len(table.get("prefill_gate_up", {})) == len(table.get("causal_attention", {})) == ("prefill" in names)
     heads = {rows: best_head(rows, TINY.vocab, TINY.hidden, 2, gpu) for rows in (16, 40) if "head" in names}

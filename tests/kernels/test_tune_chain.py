@@ -86,7 +86,7 @@ def test_chain_is_a_steps_layers(path, launches, halves, monkeypatch):
     monkeypatch.setattr(
         _tune_chain, "decode_linear_half_norm", lambda *a, **options: made.append(a) or half_norm(*a, **options)
     )
-    monkeypatch.setattr(_tune_chain, "time_graph_us", lambda calls: 5.0 * len(calls))
+    monkeypatch.setattr(_tune_chain, "time_graph_us", lambda calls, captures: 5.0 * len(calls))
     benches = {op.name: Bench(op, MODEL.layers, CPU) for op in MODEL.ops()}
     contexts = Contexts(CPU, 4, (5, 40), MODEL.attention(), 512, MODEL.layers)
     chain = Chain(benches, contexts, None)
@@ -238,6 +238,7 @@ def test_attention_that_is_slow_at_long_contexts_is_no_choice(rows, monkeypatch,
         timed = [Timed(launch, 1.0, times[launch], 1.0, 0.0) for launch in tried]
         return [*timed, Timed("FlashAttention 3", 20.0, 20.0, 1.0, 0.0)]
 
+    monkeypatch.setattr(_tune_attention, "TRIES", 5)
     monkeypatch.setattr(_tune_attention, "candidates", lambda *shape: launches)
     monkeypatch.setattr(_tune_attention, "measure", measure)
     result = time_attention(CPU, MODEL.attention(), rows, [])
