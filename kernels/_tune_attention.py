@@ -33,8 +33,8 @@ HIDDEN = 1024
 EPS = 1e-6
 TOLERANCE = 1e-2
 MAX_CONTEXT = 4096
-SHORT = (128, 256)
-"""Tokens of the contexts for which launches are chosen."""
+SHORT, LONG = (128, 256), (512, 2048)
+"""Tokens of the contexts for which launches are chosen; the latter where those of short contexts have their own."""
 TRIES = 8
 """How many of the fastest at short contexts go on: to the chain, or to long contexts."""
 LONG_LOSS = 0.03
@@ -212,7 +212,7 @@ class Found:
     """What attention came to at some rows, under which keys.
 
     timed: launches, the best at long contexts first, or where one launch is for all, at short and long ones together;
-        none much slower than another at long ones
+        none much slower than another at long ones. The first is the choice for all that `short` is not for
     short: where short contexts may have a launch of their own, the fastest there
     beside: FlashAttention 3 at short ones, if it is there
     """
@@ -227,6 +227,10 @@ class Found:
     def launches(self) -> list[Any]:
         """What a chain of short contexts may choose from, the best by itself first."""
         return [timed.launch for timed in self.short or self.timed]
+
+    def ordered(self, time_us: Callable[[Any], float]) -> Found:
+        """With the launches for all lengths in the order of another measurement."""
+        return replace(self, timed=sorted(self.timed, key=lambda timed: time_us(timed.launch)))
 
     def entries(self, settled: Launch) -> dict[str, dict[str, Any]]:
         """Of the table of choices, by their keys; `settled` is what the chain has chosen."""
@@ -245,7 +249,7 @@ def time_attention(device: torch.device, heads: Heads, rows: int, failures: list
     """All candidates at short contexts; at long ones all too where short ones have a launch of their own, else only the
     best. None is kept for all lengths that is far behind at long ones. `failures` gets what is wrong."""
     apart = rows <= SHORT_ROWS
-    long = (1024, 2048) if apart else (512, 768)
+    long = LONG if apart else (512, 768)
     launches = candidates(rows, *heads, MAX_CONTEXT)
     found = measure(device, rows, SHORT, launches, heads, failures=failures)
     beside = next((t for t in found if isinstance(t.launch, str)), None)

@@ -34,9 +34,10 @@ class Chain:
     sampling. `launches` of its methods name the four products, attention, and the head if there is one."""
 
     def __init__(self, benches: dict[str, Bench], contexts: Contexts, head: HeadBench | None) -> None:
-        """`benches` of the four products, for as many layers as `contexts` has; `head` is prepared for its rows."""
+        """`benches` of the four products, for as many layers as `contexts` has."""
         self.benches, self.contexts, self.head = benches, contexts, head
         self.hidden = torch.randn(contexts.rows, benches["qkv"].op.k, device=contexts.device).bfloat16()
+        self.temperatures = torch.full((contexts.rows,), 0.6, device=contexts.device)
 
     def calls(self, launches: Launches) -> list[Callable[[], Any]]:
         """The step layer by layer, in order."""
@@ -72,7 +73,7 @@ class Chain:
 
     def _run_head(self, launches: Launches) -> None:
         assert self.head is not None
-        self.head.x = self.hidden
+        self.head.x, self.head.temperatures = self.hidden, self.temperatures
         self.head.whole(launches["head"])
 
     def time_us(self, launches: Launches) -> float:

@@ -17,8 +17,9 @@ The head is timed with the sampler's sums: of more than 16 rows that is a kernel
 
 The best of each op are then tried in the chain of all layers, attention between the products and the head at the end,
 as they run in a decode step (kernels/_tune_chain.py): there launches are chosen, and whether norms are made in halves
-(kernels/_tune_settle.py). That needs all four products among `--ops`. Attention that is not among them runs as it was
-chosen before.
+(kernels/_tune_settle.py). What counts is the slowest of a few captures, while another process has a context on the GPU;
+above 64 rows it is the mean of the most and the fewest rows that share a choice. That needs all four products among
+`--ops`. Attention that is not among them runs as it was chosen before.
 
 Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py, its attention by _tune_causal.py;
 `--rows` are decode's. Gate and up of a decode step of many rows are tried with prefill's kernel too.
@@ -33,6 +34,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ import torch
 from kernels import _tune_causal, _tune_prefill, choices
 from kernels._timing import beside_another, checked
 from kernels._triton import triton
-from kernels._tune_attention import MAX_CONTEXT, SHORT, Contexts, time_attention
+from kernels._tune_attention import LONG, MAX_CONTEXT, SHORT, Contexts, time_attention
 from kernels._tune_attention import Found as FoundAttention
 from kernels._tune_chain import PAIRS, Chain, Launches, in_halves
 from kernels._tune_compile import Job, compile_all, jobs_of
@@ -61,9 +63,11 @@ from kernels.decode_attention_launch import best_launch as best_attention
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 QUICK_ROWS = (1, 16, 64)
+SIZES_APART = 16
+"""Above 64 rows, graphs of a decode step are captured for every so many."""
 TRIES, QUICK_TRIES = 6, 3
 """How many of an op's fastest launches are tried in the chain."""
-CHAIN_SECONDS = 45.0
+CHAIN_SECONDS = 60.0
 """After so long with one number of rows no other turn begins in the chain."""
 PREFILL_SECONDS = 90.0
 """After so long no other candidate of prefill is begun."""
@@ -140,25 +144,30 @@ class Tuner:
             right = partial(checked, bench, where=f"{name} rows {count}", tolerance=TOLERANCE, failures=self.failures)
             # With its norm in halves a launch was found right before.
             tried[name] = [way for way in tried[name] if not is_tiled(way) or right(replace(way, halves=False))]
-        heads = self.model.attention()
         if "attention" in start:
             tried["attention"] = self._attention_launches(count)
         else:
+            heads = self.model.attention()
             start = {**start, "attention": best_attention(count, *heads, SHORT[1], 2, self.device)}
         head = self.head if "head" in tried else None
-        if head:
-            head.prepare(count)
-        contexts = Contexts(self.device, count, SHORT, heads, MAX_CONTEXT, self.model.layers)
-        chain = Chain(self.benches, contexts, head)
-        start_us = chain.time_us(start)
+        chains = [Chain(self.benches, self._contexts(rows, SHORT), head) for rows in served(count)]
+        time_us = lambda launches: fmean(chain.time_us(launches) for chain in chains)  # noqa: E731
+        start_us = time_us(start)
         say = lambda text: print(f"{count:5} {text}", flush=True)  # noqa: E731
-        settled, us = settle(chain.time_us, tried, start, CHAIN_SECONDS, say)
+        settled, us = settle(time_us, tried, start, CHAIN_SECONDS, say)
+        if count in self.attention and self.attention[count].short:
+            longer = Chain(self.benches, self._contexts(count, LONG), head)
+            again = self.attention[count].ordered(lambda launch: longer.time_us({**settled, "attention": launch}))
+            self.attention[count] = again
         halves = " and ".join(first for first, second in PAIRS if in_halves(settled, first, second))
         say(
             f"chain: {us / 1000:.3f} ms with {_differences(start, settled)}; each op's best alone "
             f"{start_us / 1000:.3f} ms; norms in halves after {halves or 'no product'}"
         )
         return settled
+
+    def _contexts(self, rows: int, lengths: tuple[int, int]) -> Contexts:
+        return Contexts(self.device, rows, lengths, self.model.attention(), MAX_CONTEXT, self.model.layers)
 
     def _choose(self, count: int, launches: Launches) -> None:
         """Into the table."""
@@ -176,6 +185,13 @@ class Tuner:
         bench, launch = self.benches[name], replace(launches[name], halves=False)
         bench.prepare(count)
         return bench.time_us(partial(bench.fused, launch=launch, stream=bench.stream))
+
+
+def served(count: int) -> tuple[int, ...]:
+    """Rows of the steps in which a choice for `count` is tried: these, and the fewest that it serves, which may fill its
+    tiles badly."""
+    fewest = max((rows for rows in ROWS if rows < count), default=count) + SIZES_APART
+    return (count, fewest) if fewest < count else (count,)
 
 
 def main() -> None:

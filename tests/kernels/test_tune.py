@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engines.nano.graphs import BATCH_SIZES
 from kernels import (
     _timing,
     _tune_attention,
@@ -24,6 +25,7 @@ from kernels import (
 from kernels import _tune_products as products
 from kernels._timing import checked
 from kernels._triton import triton
+from kernels._tune_attention import Timed
 from kernels._tune_candidates import candidates, head_candidates
 from kernels._tune_models import MODELS, Model, Op
 from kernels.decode_attention_launch import Launch as AttentionLaunch
@@ -328,6 +330,35 @@ def test_the_whole_tuner(made_up, gpu, monkeypatch, capsys, ops):
             assert (launch is None) == (entry.get("path") == "cublas") and entry["us"] > 0 < entry["cublas_us"]
             assert launch is None or isinstance(launch, PrefillLaunch) or replace(launch, halves=True) in OFFERED
     assert "WRONG" not in printed and "left out" not in printed and "cannot run" not in printed
+
+
+def test_a_choice_is_tried_at_the_least_and_the_most_rows_that_it_serves():
+    """Of the sizes that decode graphs are captured for."""
+    for count in tune.ROWS:
+        sizes = [rows for rows in BATCH_SIZES if choices.rows_measured(rows)[0] == count]
+        assert set(tune.served(count)) == {sizes[0], sizes[-1]}, count
+        assert tune.served(count)[0] == count
+
+
+def test_attention_of_long_contexts_is_what_the_step_is_fastest_with_there(made_up, gpu, monkeypatch):
+    """By itself the first is the better one; in the chain at long contexts the other."""
+    ops = "--ops qkv,o,gate_up,down,attention"
+    slow, fast = attention = [AttentionLaunch(16, splits, 16, 4, False) for splits in (1, 2)]
+    longest = []
+
+    def time_us(chain, launches):
+        longest.append(int(chain.contexts.lengths.max()))
+        return 1.0 + (launches["attention"] == (slow if longest[-1] > 256 else fast))
+
+    monkeypatch.setattr(tune.Chain, "time_us", time_us)
+    timed = lambda *arguments, **options: [Timed(launch, 1.0, 1.0, 1.0, 0.0) for launch in attention]  # noqa: E731
+    monkeypatch.setattr(_tune_attention, "measure", timed)
+    monkeypatch.setattr("sys.argv", ["tune", "--model", "tiny", "--rows", "16", *ops.split()])
+    with use("reference"):
+        tune.main()
+    assert best_attention(16, 4, 2, 16, 4096, 2, gpu) == fast
+    assert best_attention(16, 4, 2, 16, 256, 2, gpu) == slow
+    assert max(longest) == 2048
 
 
 def test_a_dry_run_writes_nothing(made_up, monkeypatch, tmp_path):
