@@ -188,8 +188,8 @@ class Tuner:
 
 
 def served(count: int) -> tuple[int, ...]:
-    """Rows of the steps in which a choice for `count` is tried: these, and the fewest that it serves, which may fill its
-    tiles badly."""
+    """Rows of the steps in which a choice for `count` is tried: these, and the fewest it serves, which may fill tiles
+    badly."""
     fewest = max((rows for rows in ROWS if rows < count), default=count) + SIZES_APART
     return (count, fewest) if fewest < count else (count,)
 
