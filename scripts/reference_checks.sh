@@ -4,6 +4,7 @@
 #   scripts/reference_checks.sh PART...
 #
 #   startup      how long a start takes with empty caches of compiled kernels, and with what that left    200 s
+#   paces        TPOT of nano and fused alone on the GPU and beside another process's context              60 s each
 #   ablation     fused without each of its features, taking turns with all of them                        180 s
 #   validate     decode logits at every captured batch size and where contexts cross borders              150 s
 #   soak         10,000 random requests through a cache too small for them                                150 s
@@ -14,7 +15,7 @@
 #   energy       J per token of a few steps, nano and fused                                               150 s
 #   alone        fused with each of its features alone, taking turns with none                            400 s
 #   vllm         serving and energy of vLLM                                                               150 s each
-#   all          startup ablation checks ops serving energy
+#   all          startup paces ablation checks ops serving energy
 #
 # A part that fails or runs out of time does not stop the next one; a table of all stands at the end. startup keeps its
 # compiled kernels in $CACHES ($RESULTS/caches), and the other parts go on with them. Results go to $RESULTS
@@ -76,6 +77,12 @@ part() {
       within startup "$(limit startup 200)" "$PYTHON" scripts/startup.py "${kept[@]}" \
         --json "$RESULTS/startup.json" -- model="$MODEL"
       ;;
+    paces)
+      for engine in nano fused; do
+        within "paces-$engine" "$(limit paces 60)" "$PYTHON" scripts/paces.py --engine "$engine" \
+          --json "$RESULTS/paces-$engine.json" -- model="$MODEL"
+      done
+      ;;
     checks)
       for name in validate soak memcheck; do
         if [[ -n ${DRY_RUN:-} ]]; then part "$name"; else part "$name" > "$RESULTS/$name.log" 2>&1 & fi
@@ -119,7 +126,7 @@ if (($# == 0)); then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
   exit 0
 fi
-[[ $* == all ]] && set -- startup ablation checks ops serving energy
+[[ $* == all ]] && set -- startup paces ablation checks ops serving energy
 [[ -n ${DRY_RUN:-} ]] || mkdir -p "$RESULTS"
 export TRITON_CACHE_DIR=$caches/triton_cache_dir TORCHINDUCTOR_CACHE_DIR=$caches/torchinductor_cache_dir
 for name in "$@"; do part "$name"; done
