@@ -76,9 +76,12 @@ def beside_another(device: torch.device) -> Iterator[None]:
     )
     try:
         assert other.stdout is not None
+        gone = "the process that was to stand by on the GPU has ended."
         if not other.stdout.readline():
-            raise RuntimeError("the process that should have stood by on the GPU ended.")
+            raise RuntimeError(gone)
         yield
+        if other.poll() is not None:
+            raise RuntimeError(gone)
     finally:
         other.kill()
         other.communicate()

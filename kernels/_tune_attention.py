@@ -37,6 +37,8 @@ SHORT, LONG = (128, 256), (512, 2048)
 """Tokens of the contexts for which launches are chosen; the latter where those of short contexts have their own."""
 TRIES = 8
 """How many of the fastest at short contexts go on: to the chain, or to long contexts."""
+GAIN = 0.998
+"""Of the time before: not for what the next run may turn around."""
 LONG_LOSS = 0.03
 """What is slower by more than this share than the best of them there is no choice for all lengths."""
 
@@ -229,8 +231,12 @@ class Found:
         return [timed.launch for timed in self.short or self.timed]
 
     def ordered(self, time_us: Callable[[Any], float]) -> Found:
-        """With the launches for all lengths in the order of another measurement."""
-        return replace(self, timed=sorted(self.timed, key=lambda timed: time_us(timed.launch)))
+        """With the launches for all lengths in the order of another measurement; the first stays where none gains."""
+        times = [time_us(timed.launch) for timed in self.timed]
+        if not times or min(times) >= times[0] * GAIN:
+            return self
+        order = sorted(range(len(times)), key=times.__getitem__)
+        return replace(self, timed=[self.timed[i] for i in order])
 
     def entries(self, settled: Launch) -> dict[str, dict[str, Any]]:
         """Of the table of choices, by their keys; `settled` is what the chain has chosen."""

@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 from kernels import choices
+from kernels._tune_attention import GAIN
 from kernels._tune_chain import PAIRS, Launches
 from kernels._tune_products import Found, is_tiled
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.prefill_linear import Launch as PrefillLaunch
 
 ROUNDS = 2
-GAIN = 0.998
-"""Of the time before: not for what the next run may turn around."""
 FAR = 1.3
 """A kind of kernel that alone takes more than so many times the best is not tried."""
 BESIDE = 2

@@ -186,15 +186,12 @@ def best_launch(
     return choice or default_launch(*shape, max_context, element_bytes)
 
 
-def most_short_rows(heads: int, kv_heads: int, head_dim: int, element_bytes: int, device: torch.device) -> int:
-    """Up to how many rows short contexts have a launch of their own on this GPU, unlike that of others; 0: none has."""
-    if element_bytes != 2:
-        return 0
-    counts = (1 << power for power in reversed(range(SHORT_ROWS.bit_length())))
-    return next((rows for rows in counts if _differs(rows, heads, kv_heads, head_dim, device)), 0)
-
-
-def _differs(rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> bool:
+def has_short_launch(
+    rows: int, heads: int, kv_heads: int, head_dim: int, element_bytes: int, device: torch.device
+) -> bool:
+    """Whether short contexts have a launch of their own on this GPU, unlike that of others."""
+    if element_bytes != 2 or rows > SHORT_ROWS:
+        return False
     short, other = (_measured(rows, heads, kv_heads, head_dim, kind, device) for kind in (True, False))
     return short is not None and short != other
 

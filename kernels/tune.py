@@ -59,12 +59,14 @@ from kernels._tune_products import (
     time_op,
 )
 from kernels._tune_settle import best_pairs, described, settle, ways
+from kernels.choices import rows_measured
 from kernels.decode_attention_launch import best_launch as best_attention
+from kernels.decode_linear import shape_key as linear_key
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 QUICK_ROWS = (1, 16, 64)
-SIZES_APART = 16
-"""Above 64 rows, graphs of a decode step are captured for every so many."""
+SIZES = (1, 2, 4, 8, *range(16, 257, 16))
+"""Rows of decode steps as engines pad them: at least those that the graphs are captured for."""
 TRIES, QUICK_TRIES = 6, 3
 """How many of an op's fastest launches are tried in the chain."""
 CHAIN_SECONDS = 60.0
@@ -125,6 +127,8 @@ class Tuner:
                 launches["attention"] = self._attention_launches(count)[0]
             if self.chained:
                 launches = self._settled(count, launches)
+                if count in self.attention and self.attention[count].short:
+                    self._at_long_contexts(count, launches)
             self._choose(count, launches)
 
     def _attention_launches(self, count: int) -> list[Any]:
@@ -150,21 +154,30 @@ class Tuner:
             heads = self.model.attention()
             start = {**start, "attention": best_attention(count, *heads, SHORT[1], 2, self.device)}
         head = self.head if "head" in tried else None
-        chains = [Chain(self.benches, self._contexts(rows, SHORT), head) for rows in served(count)]
+        chains = [Chain(self.benches, self._contexts(rows, SHORT), head) for rows in served(count, self._counts())]
         time_us = lambda launches: fmean(chain.time_us(launches) for chain in chains)  # noqa: E731
         start_us = time_us(start)
         say = lambda text: print(f"{count:5} {text}", flush=True)  # noqa: E731
         settled, us = settle(time_us, tried, start, CHAIN_SECONDS, say)
-        if count in self.attention and self.attention[count].short:
-            longer = Chain(self.benches, self._contexts(count, LONG), head)
-            again = self.attention[count].ordered(lambda launch: longer.time_us({**settled, "attention": launch}))
-            self.attention[count] = again
         halves = " and ".join(first for first, second in PAIRS if in_halves(settled, first, second))
         say(
             f"chain: {us / 1000:.3f} ms with {_differences(start, settled)}; each op's best alone "
             f"{start_us / 1000:.3f} ms; norms in halves after {halves or 'no product'}"
         )
         return settled
+
+    def _at_long_contexts(self, count: int, launches: Launches) -> None:
+        """Choose attention for all that short contexts' is not for, beside `launches` of the other ops."""
+        head = self.head if "head" in launches else None
+        chain = Chain(self.benches, self._contexts(count, LONG), head)
+        time_us = lambda attention: chain.time_us({**launches, "attention": attention})  # noqa: E731
+        self.attention[count] = self.attention[count].ordered(time_us)
+
+    def _counts(self) -> list[int]:
+        """Numbers of rows with a choice of their own: those of this run, and those in the GPU's file."""
+        key = lambda rows, op: linear_key(rows, op.out, op.k, op.gated)  # noqa: E731
+        measured = lambda rows: all(choices.chosen("decode_linear", key(rows, op), self.device) for op in self.ops)  # noqa: E731
+        return sorted({*(rows_measured(rows)[0] for rows in self.rows), *filter(measured, ROWS)})
 
     def _contexts(self, rows: int, lengths: tuple[int, int]) -> Contexts:
         return Contexts(self.device, rows, lengths, self.model.attention(), MAX_CONTEXT, self.model.layers)
@@ -187,10 +200,12 @@ class Tuner:
         return bench.time_us(partial(bench.fused, launch=launch, stream=bench.stream))
 
 
-def served(count: int) -> tuple[int, ...]:
-    """Rows of the steps in which a choice for `count` is tried: these, and the fewest it serves, which may fill tiles
-    badly."""
-    fewest = max((rows for rows in ROWS if rows < count), default=count) + SIZES_APART
+def served(count: int, counts: Sequence[int]) -> tuple[int, ...]:
+    """Rows of the steps in which a choice for `count` is tried, where there are choices for all of `counts`: so many,
+    and the fewest it serves, which may fill tiles badly."""
+    key = rows_measured(count)[0]
+    ours = [rows for rows in SIZES if next((c for c in rows_measured(rows) if c in counts), None) == key]
+    fewest = min(ours, default=count)
     return (count, fewest) if fewest < count else (count,)
 
 
@@ -207,7 +222,7 @@ def main() -> None:
         default=["qkv", "o", "gate_up", "down", "head", "attention", "prefill"],
         help="what to measure; launches are chosen in the chain if qkv, o, gate_up and down are among them",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rows and fewer candidates, under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and fewer candidates")
     parser.add_argument("--dry-run", action="store_true", help="print, but write no table of choices")
     arguments = parser.parse_args()
     device = _gpu()
@@ -216,8 +231,8 @@ def main() -> None:
     start = time.perf_counter()
     tuner = Tuner(model, device, rows, arguments.ops, arguments.quick)
     print(f"{tuner.compile()} kernels compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    tuner.measure()
     with beside_another(device):  # the slower of two paces, if there are two
+        tuner.measure()
         tuner.settle()
     table = tuner.table
     if "prefill" in arguments.ops:

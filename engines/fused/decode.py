@@ -66,6 +66,7 @@ class Graphs(DecodeGraphs):
 
     def replay_step(self, rows: int, longest: int) -> Tensor:
         """Run the step of contexts of at most `longest` tokens; its output, until the next replay."""
-        if self.short is not None and rows <= self.short.largest and longest <= SHORT_CONTEXT:
-            return self.short.replay(rows)
+        bucket = self.bucket(rows)
+        if self.short is not None and longest <= SHORT_CONTEXT and bucket in self.short.sizes:
+            return self.short.replay(bucket)[:rows]
         return self.replay(rows)

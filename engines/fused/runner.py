@@ -29,7 +29,7 @@ from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
 from engines.nano.model_runner import ModelRunner
 from engines.nano.sequence import Sequence
 from kernels.decode_attention import workspace
-from kernels.decode_attention_launch import SHORT_CONTEXT, most_short_rows
+from kernels.decode_attention_launch import SHORT_CONTEXT, has_short_launch
 
 
 class FusedRunner(ModelRunner):
@@ -154,10 +154,11 @@ class FusedRunner(ModelRunner):
     def _capture(self) -> Graphs:
         graphs = Graphs(lambda rows: self.step(rows, self.max_model_len), self.state.clear, self.config.max_num_seqs)
         c = self.model_config
-        short = most_short_rows(c.num_heads, c.num_kv_heads, c.head_dim, self.state.stream.element_size(), self.device)
+        heads = c.num_heads, c.num_kv_heads, c.head_dim, self.state.stream.element_size(), self.device
+        short = [rows for rows in graphs.sizes if has_short_launch(rows, *heads)]
         if "attention" in self.features and short and self.max_model_len > SHORT_CONTEXT:
             graphs.short = DecodeGraphs(
-                lambda rows: self.step(rows, SHORT_CONTEXT), self.state.clear, min(short, graphs.largest), graphs.pool
+                lambda rows: self.step(rows, SHORT_CONTEXT), self.state.clear, short[-1], graphs.pool, short
             )
         if "prefill_graphs" in self.features and not self.watched:
             # A step of one token alone is no prefill to attention: it is padded.

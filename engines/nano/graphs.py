@@ -114,18 +114,19 @@ class DecodeBuffers:
 
 
 class DecodeGraphs:
-    """A decode step captured for each number of rows up to `max_rows` in BATCH_SIZES, sharing one memory pool: `pool`,
-    where other graphs have one that never run beside these.
+    """A decode step captured for each number of rows up to `max_rows` in BATCH_SIZES, or for those of `sizes` alone,
+    sharing one memory pool: `pool`, where other graphs have one that never run beside these.
 
     step: launches it for so many rows and returns its output [rows, ...]
     clear: makes what it reads a step of no sequences: what capture and its warm-up compute is never read
     """
 
     def __init__(
-        self, step: Callable[[int], Tensor], clear: Callable[[], None], max_rows: int, pool: Any = None
-    ) -> None:
+        self, step: Callable[[int], Tensor], clear: Callable[[], None], max_rows: int, pool: Any = None,
+        sizes: list[int] | None = None,
+    ) -> None:  # fmt: skip
         largest = min(max_rows, BATCH_SIZES[-1])
-        self.sizes = [size for size in BATCH_SIZES if size < largest] + [largest]
+        self.sizes = sizes or [size for size in BATCH_SIZES if size < largest] + [largest]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.outputs: dict[int, Tensor] = {}
         self.pool = pool or torch.cuda.graph_pool_handle()
@@ -136,9 +137,13 @@ class DecodeGraphs:
     def largest(self) -> int:
         return self.sizes[-1]
 
+    def bucket(self, rows: int) -> int:
+        """The size whose graph runs a step of `rows`."""
+        return self.sizes[bisect_left(self.sizes, rows)]
+
     def replay(self, rows: int) -> Tensor:
         """Run the step on what its inputs hold now; its output for `rows` rows, until the next replay."""
-        bucket = self.sizes[bisect_left(self.sizes, rows)]
+        bucket = self.bucket(rows)
         self.graphs[bucket].replay()
         return self.outputs[bucket][:rows]
 

@@ -265,15 +265,21 @@ def test_every_step_starts_from_the_embeddings_of_its_tokens(prompts):
 
 
 def test_steps_of_short_contexts_may_have_graphs_of_their_own():
-    """By rows and by the longest context; without them, all steps are the others'."""
-    replay = lambda kind, largest: SimpleNamespace(largest=largest, replay=lambda rows: (kind, rows))  # noqa: E731
-    graphs = object.__new__(Graphs)
-    graphs.replay = replay("any", 64).replay
-    assert graphs.replay_step(3, 10) == ("any", 3)
-    graphs.short = replay("short", 8)
-    assert graphs.replay_step(8, SHORT_CONTEXT) == ("short", 8)
-    assert graphs.replay_step(9, SHORT_CONTEXT) == ("any", 9)
-    assert graphs.replay_step(1, SHORT_CONTEXT + 1) == ("any", 1)
+    """By the size that a step is padded to and by the longest context; without them, all steps are the others'."""
+
+    def made(kind: str, sizes: list[int]) -> Graphs:
+        graphs = object.__new__(Graphs)
+        graphs.sizes, graphs.outputs = sizes, {size: torch.arange(size) for size in sizes}
+        graphs.graphs = {size: SimpleNamespace(replay=lambda size=size: ran.append((kind, size))) for size in sizes}
+        return graphs
+
+    ran: list[tuple[str, int]] = []
+    graphs = made("any", [1, 2, 4, 8, 16])
+    assert len(graphs.replay_step(3, 10)) == 3
+    graphs.short = made("short", [1, 8])
+    for rows, longest in ((8, SHORT_CONTEXT), (5, 10), (1, 10), (2, 10), (9, 10), (1, SHORT_CONTEXT + 1)):
+        assert len(graphs.replay_step(rows, longest)) == rows
+    assert ran == [("any", 4), ("short", 8), ("short", 8), ("short", 1), ("any", 2), ("any", 16), ("any", 1)]
 
 
 def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:

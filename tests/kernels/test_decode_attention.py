@@ -15,7 +15,7 @@ from kernels.decode_attention_launch import (
     best_launch,
     candidates,
     default_launch,
-    most_short_rows,
+    has_short_launch,
 )
 
 EMPTY = torch.empty
@@ -302,7 +302,7 @@ def test_dependent_launches_of_a_graph(launch, make_case, device, monkeypatch):
 def test_short_contexts_may_have_a_launch_of_their_own(monkeypatch):
     general, short = Launch(64, 1, 256, 4, True, 3), Launch(32, 2, 128, 2, True, 3)
     measured = {"16/8x128 rows 32": general, "16/8x128 rows 32 short": short, "16/8x128 rows 128": general}
-    measured |= {"16/8x128 rows 64": general, "16/8x128 rows 64 short": general}
+    measured |= {"16/8x128 rows 64": general, "16/8x128 rows 64 short": general, "16/8x128 rows 48 short": short}
     entries = {key: {"launch": asdict(launch)} for key, launch in measured.items()}
     monkeypatch.setattr(choices, "chosen", lambda kernel, key, device: entries.get(key))
     shape, device = (16, 8, 128), torch.device("cpu")
@@ -311,5 +311,6 @@ def test_short_contexts_may_have_a_launch_of_their_own(monkeypatch):
     assert best_launch(128, *shape, 130, 2, device) == general  # where short ones were not measured
     assert best_launch(8, *shape, 130, 2, device) == default_launch(8, *shape, 130, 2)
     assert best_launch(32, *shape, 130, 4, device) == default_launch(32, *shape, 130, 4)
-    assert most_short_rows(*shape, 2, device) == 32
-    assert most_short_rows(*shape, 4, device) == most_short_rows(8, 8, 128, 2, device) == 0
+    apart = [rows for rows in (1, 16, 17, 32, 33, 48, 64, 128) if has_short_launch(rows, *shape, 2, device)]
+    assert apart == [17, 32, 33, 48]
+    assert not has_short_launch(32, *shape, 4, device) and not has_short_launch(32, 8, 8, 128, 2, device)

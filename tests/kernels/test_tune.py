@@ -4,6 +4,7 @@ How it chooses in the chain: test_tune_chain.py.
 """
 
 import random
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -222,9 +223,37 @@ def test_the_slowest_capture_counts(monkeypatch):
     assert _timing.time_graph_us([], captures=3) == 35.0
 
 
-def test_nobody_stands_by_where_there_is_no_gpu():
-    with _timing.beside_another(CPU):
-        pass
+STUB = "import os, sys\ndef zeros(count, device): open(os.environ['SEEN'], 'w').write(device){}\n"
+"""Of torch, for the process that stands by."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_process_stands_by_until_the_end(fails, tmp_path, monkeypatch):
+    """On the device that was asked for; it is gone afterwards, also where the block fails."""
+    (tmp_path / "torch.py").write_text(STUB.format(""))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    started = []
+    popen = _timing.subprocess.Popen
+    monkeypatch.setattr(_timing.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with suppress(KeyError), _timing.beside_another(torch.device("cuda", 1)):
+        assert (tmp_path / "seen").read_text() == "cuda:1" and started[0].poll() is None
+        if fails:
+            raise KeyError
+    assert started[0].returncode is not None
+
+
+@pytest.mark.parametrize("when", ["at once", "meanwhile"])
+def test_who_does_not_stand_by_is_missed(when, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text(STUB.format("; sys.exit()" if when == "at once" else ""))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    started = []
+    popen = _timing.subprocess.Popen
+    monkeypatch.setattr(_timing.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(RuntimeError, match="has ended"), _timing.beside_another(torch.device("cuda")):
+        started[0].kill()
+        started[0].wait()
 
 
 def test_prefills_kernel_may_be_decodes_choice(gpu):
@@ -333,11 +362,14 @@ def test_the_whole_tuner(made_up, gpu, monkeypatch, capsys, ops):
 
 
 def test_a_choice_is_tried_at_the_least_and_the_most_rows_that_it_serves():
-    """Of the sizes that decode graphs are captured for."""
+    """Of the sizes that decode graphs are captured for, and by what else has been measured."""
+    assert list(tune.SIZES) == list(BATCH_SIZES)
     for count in tune.ROWS:
         sizes = [rows for rows in BATCH_SIZES if choices.rows_measured(rows)[0] == count]
-        assert set(tune.served(count)) == {sizes[0], sizes[-1]}, count
-        assert tune.served(count)[0] == count
+        assert tune.served(count, tune.ROWS) == tuple(dict.fromkeys((count, sizes[0])))
+    powers = [count for count in tune.ROWS if count & (count - 1) == 0]
+    assert [tune.served(count, powers) for count in (32, 64, 128, 256)] == [(32,), (64, 48), (128, 80), (256, 144)]
+    assert tune.served(40, [48]) == (40,)
 
 
 def test_attention_of_long_contexts_is_what_the_step_is_fastest_with_there(made_up, gpu, monkeypatch):
