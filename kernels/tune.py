@@ -65,7 +65,7 @@ from kernels.decode_linear import shape_key as linear_key
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 QUICK_ROWS = (1, 16, 64)
-SIZES = (1, 2, 4, 8, *range(16, 257, 16))
+SIZES = (1, 2, 4, 8, *range(16, 513, 16))
 """Rows of decode steps as engines pad them: at least those that the graphs are captured for."""
 TRIES, QUICK_TRIES = 6, 3
 """How many of an op's fastest launches are tried in the chain."""
