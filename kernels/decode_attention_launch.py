@@ -23,8 +23,8 @@ STREAMS = (
     (64, 2, 3, False), (128, 4, 5, False), (32, 1, 13, True), (64, 2, 7, True),
 )  # fmt: skip
 """block_n, num_warps, num_stages and held of streams worth measuring; the first two also for the fewest rows. Of the
-last two a multiprocessor has room for two: programs that start while a few large ones of the kernel before still run
-cannot all crowd onto the multiprocessors that have none."""
+last two, with heads of 128, a multiprocessor holds no more than two programs: while large programs of the kernel before
+fill some multiprocessors, those of this one cannot all move onto the others."""
 SHORT_CONTEXT = 512
 """Tokens: where no context is longer, another launch may be the fastest, whatever it takes at long ones."""
 SHORT_ROWS = 64

@@ -20,7 +20,7 @@ OPS = {
 QWEN3_06B = {
     "hidden": 1024, "wide": 2048, "qkv": 4096, "inter": 3072, "vocab": 151936, "heads": 16, "kv_heads": 8, "dim": 128,
 }  # fmt: skip
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 PREFILL_OPS = {
     "gate_up_proj+silu_mul": ("prefill_gate_up", "6144x1024", "`silu_mul`"),
     "qkv_proj+qk_norm+rope+kv_write": ("prefill_qkv_rope", "4096x1024", "`qk_norm_rope_cache`"),
@@ -47,10 +47,7 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
             ours = entry["us"]
             wins = other is None or ours <= other
             launch = entry.get("launch", {})
-            how = launch.get("product", launch).get("kernel", "tensor cores" if launch.get("dot") else "")
-            how = "tiles, norm apart" if "tiles" in launch else how
-            how += ", W in shared memory" if launch.get("described") else ""
-            how = {"cublas": "library", "prefill": "prefill's"}.get(entry.get("path", ""), how)
+            how = {"cublas": "library", "prefill": "prefill's"}.get(entry.get("path", "")) or _how(launch, key)
             cells = [f"{ours:.1f}", "" if other is None else f"{other:.1f}"]
             cells[0 if wins else 1] = f"**{cells[0 if wins else 1]}**"
             rows.append([op, str(count), *cells, how])
@@ -62,6 +59,18 @@ def decode_choices(gpu: str = "nvidia-h200") -> str:
         f"contexts of 128 to 256 tokens. File: `{file}`, written by `python -m kernels.tune`."
     )
     return "\n\n".join([markdown(["op", "rows", "ours", "library", "used"], rows, left=1), source])
+
+
+def _how(launch: Mapping[str, Any], key: str) -> str:
+    """A launch in words; `key` ends with x and the columns of W."""
+    how = launch.get("product", launch).get("kernel", "tensor cores" if launch.get("dot") else "")
+    if "tiles" in launch:
+        return "tiles, norm apart"
+    if not launch.get("described"):
+        return how
+    k = int(key.format(**QWEN3_06B).rpartition("x")[2])
+    held = launch["block_k"] * launch.get("split_k", 1) == k
+    return f"{how}, W in shared memory" if held else f"{how}, a loop by descriptors"
 
 
 @table("prefill-choices")
