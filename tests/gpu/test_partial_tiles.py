@@ -1,4 +1,4 @@
-"""Rows that fill no whole tile take no longer than as many as fill it: few numbers of rows are tuned, others run too."""
+"""Rows that fill no whole tile take no longer than as many as fill it: few numbers are tuned, others run too."""
 
 from __future__ import annotations
 
