@@ -37,6 +37,7 @@ run() {
 }
 
 if [[ -z ${DRY_RUN:-} ]]; then
+  [[ -n ${REFERENCE:-} || $reference != results/reference/cpu ]] || { echo "There is no GPU here to check." >&2; exit 2; }
   [[ ! -e $new ]] || { echo "$new exists; name a new folder." >&2; exit 2; }
   [[ -d $reference ]] || { echo "There is no $reference to compare with (scripts/reference_refresh.py makes it)." >&2; exit 2; }
 fi

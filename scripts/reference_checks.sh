@@ -41,7 +41,8 @@ limit() { # PART DEFAULT
   echo "${!name:-$2}"
 }
 
-# NAME SECONDS COMMAND...; an interrupt lets Python keep what it has measured.
+# NAME SECONDS COMMAND...; an interrupt lets Python keep what it has measured. `timeout` leads a process group of its own,
+# to which nobody else's Ctrl-C comes: it is passed on, and ends the script too.
 within() {
   local name=$1 seconds=$2 started=$SECONDS code=0 outcome=ok
   shift 2
@@ -49,7 +50,11 @@ within() {
   printf ' %q' "$@"
   echo
   [[ -z ${DRY_RUN:-} ]] || return 0
-  timeout -s INT -k 5 "$seconds" "$@" || code=$?
+  timeout -s INT -k 5 "$seconds" "$@" &
+  running=$!
+  trap 'kill -INT "$running" 2> /dev/null; wait "$running"; exit 130' INT TERM HUP
+  wait "$running" || code=$?
+  trap - INT TERM HUP
   case $code in
     0) ;;
     124 | 137) outcome="stopped after $seconds s" ;;
@@ -87,7 +92,9 @@ part() {
       for name in validate soak memcheck; do
         if [[ -n ${DRY_RUN:-} ]]; then part "$name"; else part "$name" > "$RESULTS/$name.log" 2>&1 & fi
       done
+      trap 'kill $(jobs -p) 2> /dev/null; wait; exit 130' INT TERM HUP
       wait
+      trap - INT TERM HUP
       [[ -n ${DRY_RUN:-} ]] || tail -n 6 "$RESULTS"/{validate,soak,memcheck}.log
       ;;
     ablation | alone)

@@ -270,7 +270,14 @@ def show(made: Mapping[str, Any]) -> None:
     print(f"free blocks: {free['start']} at the start, {free['end']} at the end")
     for name, grown in made["growth"].items():
         print(f"{name}: {grown['bytes']:+,} in the second half (bound {grown['bound_bytes']:,})")
-    print("passed" if made["passed"] else "FAILED")
+    reasons = [
+        "no tokens were compared" if not made["equal_tokens"] else "",
+        "tokens differ" if made["differing"] else "",
+        "blocks are lost" if free["start"] != free["end"] else "",
+        "memory was not read often enough" if not made["growth"] else "",
+        *(f"{name} grew" for name, grown in made["growth"].items() if grown["bytes"] > grown["bound_bytes"]),
+    ]
+    print("passed" if made["passed"] else f"FAILED: {', '.join(filter(None, reasons))}")
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from harness.rounds import BlockFailed, Blocks
 from scripts import paces
 from scripts.tables import paces as tables
 
-TINY = ["--", "model=tiny", "limits.kv_cache_tokens=null", "workload.cpu_decode=[[1,16],[2,16]]"]
+TINY = ["--", "model=tiny", "workload.cpu_decode=[[1,16],[2,16]]"]
 TINY += ["limits.max_model_len=256", "workload.cpu_prefill=[[1,16]]"]
 
 

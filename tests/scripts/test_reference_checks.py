@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,24 @@ def test_a_part_that_fails_or_takes_too_long_stops_no_other(tmp_path: Path, pyth
         "soak: failed, exit code 3", "validate: stopped after 1 s", "startup: ok", "serving: ok"
     ]  # fmt: skip
     assert f"ran: scripts/startup.py --caches {tmp_path / 'r' / 'caches'}" in done.stdout
+
+
+@pytest.mark.parametrize("parts", [["soak", "startup"], ["checks"]])
+def test_an_interrupt_reaches_the_part_that_runs_and_ends_all(tmp_path: Path, parts: list[str]) -> None:
+    """It comes to the script alone: `timeout` has made a process group of its own."""
+    fake = tmp_path / "python"
+    log = tmp_path / "log"
+    fake.write_text(f"#!/bin/sh\ntrap 'echo told >> {log}; exit 3' INT\necho up >> {log}\nsleep 60 & wait\n")
+    fake.chmod(0o755)
+    env = os.environ | {"PYTHON": str(fake), "RESULTS": str(tmp_path / "r")}
+    running = subprocess.Popen(["bash", CHECKS, *parts], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    wanted = 2 if parts == ["checks"] else 1  # of checks, memcheck looks for compute-sanitizer first
+    end = time.monotonic() + 30
+    while (log.read_text().count("up") if log.exists() else 0) < wanted and time.monotonic() < end:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(20) == 130
+    assert log.read_text().count("told") == log.read_text().count("up") == wanted
 
 
 def test_checks_run_at_once_and_are_all_in_the_table(tmp_path: Path, python: str) -> None:
