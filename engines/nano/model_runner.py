@@ -181,7 +181,16 @@ class ModelRunner:
                 f"No memory is left for the cache: gpu_memory_utilization {self.config.gpu_memory_utilization} "
                 f"or kv_cache_tokens {self.config.kv_cache_tokens} gives less than a block of {self.block_size} tokens."
             )
-        self._bind_cache(blocks)
+        try:
+            self._bind_cache(blocks)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; without a GPU it has no type of its own
+            if self.config.kv_cache_tokens is None or "memory" not in str(error):
+                raise
+            size = blocks * self.block_size * self._token_bytes / 2**30
+            raise InputError(
+                f"A cache of {blocks * self.block_size:,} tokens, as kv_cache_tokens asks for, takes {size:.1f} GiB, "
+                f"which are not there on {self.device}."
+            ) from None
         return blocks
 
     def _fit_cache(self) -> int:

@@ -98,6 +98,12 @@ def test_a_refused_score_queues_nothing(make, prompts):
     assert_empty(llm)
 
 
+def test_a_cache_that_memory_does_not_hold_is_refused(make):
+    """By its size, not by whatever the allocator says."""
+    with pytest.raises(InputError, match="A cache of 1,000,000,000,000 tokens, as kv_cache_tokens asks for, takes"):
+        make(kv_cache_tokens=10**12)
+
+
 @pytest.mark.parametrize("prefix_caching", [False, True])
 @pytest.mark.parametrize("failing", [(0,), (1,), (0, 1, 3), (2, 3)], ids=str)
 def test_prompts_of_a_failed_prefill_are_computed_again(monkeypatch, make, prompts, expected, failing, prefix_caching):
