@@ -92,6 +92,8 @@ class Session:
             self.warnings.append(weights.notice)
             self.reporter.say(weights.notice)
         self.reporter.say(f"Starting {self.config.engine.name} on {self.device}, {checked.dtype}")
+        if self.device == "cpu":
+            self.reporter.say("Without a GPU, the workload's values that begin with cpu_ count.")
         with self._phase("engine_start"):
             engine = start_engine(self.config.engine.target, replace(checked, checkpoint=weights.path))
         try:
@@ -249,9 +251,10 @@ class Session:
             shares = [found["closure"] for p in passes.values() if "closure" in (found := p.get(name, {}))]
             off = [share for share in shares if not LOWEST_CLOSURE <= share <= HIGHEST_CLOSURE]
             if off:
+                least, most = f"{min(off):.1%}", f"{max(off):.1%}"
                 yield (
                     f"In the {name} trace of {len(off)} of {len(shares)} shapes, layers and what lies outside them add "
-                    f"up to {min(off):.1%} to {max(off):.1%} of the step."
+                    f"up to {least if least == most else f'{least} to {most}'} of the step."
                 )
         for shape, found in ((shape, p.get(KERNELS, {})) for shape, p in passes.items()):
             if (share := found.get("attributed", 1.0)) < LOWEST_ATTRIBUTED:

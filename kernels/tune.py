@@ -24,12 +24,14 @@ above 64 rows it is the mean of the most and the fewest rows that share a choice
 Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py, its attention by _tune_causal.py;
 `--rows` are decode's. Gate and up of a decode step of many rows are tried with prefill's kernel too.
 
-Kernels are compiled first, by many processes, into Triton's cache.
+Kernels are compiled first, by many processes, into Triton's cache. Exit codes: 0 done, 1 a launch is wrong, 2 there is
+no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -249,7 +251,8 @@ def main() -> None:
 
 def _gpu() -> torch.device:
     if not torch.cuda.is_available():
-        raise SystemExit("kernels.tune measures on an NVIDIA GPU, and there is none here.")
+        print("kernels.tune measures on an NVIDIA GPU, and there is none here.", file=sys.stderr)
+        raise SystemExit(2)
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.base import InputError
 from harness.config import Config
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def main(link: Connection, config: Config, run_dir: Path) -> None:
         link.send(Answer("done"))
     except BaseException as error:
         traceback.print_exc()
-        link.send(Answer("dead", f"{type(error).__name__}: {error}"))
+        link.send(Answer("dead", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"))
         raise SystemExit(1) from None
 
 

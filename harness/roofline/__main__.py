@@ -43,6 +43,13 @@ def ceilings_of(run: Mapping[str, Any]) -> Ceilings:
     return found
 
 
+ABOVE = 1.1
+ABOVE_CEILING = (
+    "Some of it is faster than the ceiling: a cache held what it reads, or the ceiling was measured while the machine "
+    "was busy; `python -m harness.roofline --again` measures it anew."
+)
+
+
 def print_runs(folders: Sequence[str], known: Ceilings | None, console: Console) -> None:
     """Print every shape of every run. InputError: one cannot be read, or nothing in it can be compared."""
     runs = load(*folders)
@@ -54,6 +61,8 @@ def print_runs(folders: Sequence[str], known: Ceilings | None, console: Console)
             console.print("This run has no steps of one shape.")
         for shape in found:
             console.print(table(shape, f"{run['engine']}, {run['model']}, {run['dtype']}"))
+        if any(line.fraction > ABOVE for shape in found for line in shape.lines):
+            console.print(ABOVE_CEILING, soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -281,6 +281,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert main([run, "--read", "1", "--matrix", "100"]) == OK
     printed = capsys.readouterr().out
     assert "nano, tiny, float32: decode, batch 2, context 7" in printed and "host, graph" in printed
+    assert "faster than the ceiling" not in printed
+    assert main([run, "--read", "1e-9", "--matrix", "1e-9"]) == OK  # which nothing is slower than
+    assert "faster than the ceiling" in capsys.readouterr().out
     keep(TOY, Key("Toy", "1", "2"))
     assert main([run]) == OK
     assert main([run, "--read", "0", "--matrix", "100"]) == BAD_INPUT

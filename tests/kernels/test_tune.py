@@ -393,6 +393,14 @@ def test_attention_of_long_contexts_is_what_the_step_is_fastest_with_there(made_
     assert max(longest) == 2048
 
 
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        tune.main()
+    assert ended.value.code == 2 and "there is none here" in capsys.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(made_up, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["tune", "--model", "tiny", "--rows", "16", "--ops", "o", "--dry-run"])
     with use("reference"):
