@@ -282,6 +282,22 @@ def test_steps_of_short_contexts_may_have_graphs_of_their_own():
     assert ran == [("any", 4), ("short", 8), ("short", 8), ("short", 1), ("any", 2), ("any", 16), ("any", 1)]
 
 
+@pytest.mark.parametrize(("features", "longest", "captured"), [
+    ((), 1024, [1, 4]),
+    ((), SHORT_CONTEXT, None),  # no context is longer
+    (("-attention",), 1024, None),
+])  # fmt: skip
+def test_short_contexts_have_graphs_where_their_launch_is_another(features, longest, captured, monkeypatch):
+    runner = engine(options={"features": features} if features else {}).runner
+    runner.max_model_len = longest
+    seen: list[list[int]] = []
+    monkeypatch.setattr("engines.fused.runner.Graphs", lambda *_: SimpleNamespace(pool=None, sizes=[1, 2, 4]))
+    monkeypatch.setattr("engines.fused.runner.DecodeGraphs", lambda *given: seen.append(given[-1]))
+    monkeypatch.setattr("engines.fused.runner.has_short_launch", lambda rows, *shape: rows in (1, 4))
+    runner._capture()
+    assert seen == ([] if captured is None else [captured])
+
+
 def sequence(name: str, tokens: list[int], blocks: list[int], seed: int = 0) -> Sequence:
     made = Sequence(Request(name, tuple(tokens), SamplingParams(temperature=0.5)))
     made.block_table, made.seed = blocks, seed
