@@ -18,8 +18,8 @@ The head is timed with the sampler's sums: of more than 16 rows that is a kernel
 The best of each op are then tried in the chain of all layers, attention between the products and the head at the end,
 as they run in a decode step (kernels/_tune_chain.py): there launches are chosen, and whether norms are made in halves
 (kernels/_tune_settle.py). What counts is the slowest of a few captures, while another process has a context on the GPU;
-above 64 rows it is the mean of the most and the fewest rows that share a choice. That needs all four products among
-`--ops`. Attention that is not among them runs as it was chosen before.
+where several numbers of rows share a choice, it is the mean of the most and the fewest. That needs all four products
+among `--ops`. Attention that is not among them runs as it was chosen before.
 
 Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py, its attention by _tune_causal.py;
 `--rows` are decode's. Gate and up of a decode step of many rows are tried with prefill's kernel too.
