@@ -33,7 +33,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -117,8 +117,9 @@ class Tuner:
                 print(result.line(), flush=True)
             self.found[count] = found
 
-    def settle(self) -> None:
-        """Choose, in the chain if all of its products are there, and fill the table."""
+    def settle(self) -> Iterator[None]:
+        """Choose, in the chain if all of its products are there, and fill the table; goes on from one number of rows to
+        the next."""
         if self.chained:
             start = time.perf_counter()
             compiled = compile_all([job for count in self.rows for job in self._apart(count)])
@@ -132,6 +133,7 @@ class Tuner:
                 if count in self.attention and self.attention[count].short:
                     self._at_long_contexts(count, launches)
             self._choose(count, launches)
+            yield
 
     def _attention_launches(self, count: int) -> list[Any]:
         """Launches of attention that may be chosen, the best by itself first; none where it is not measured."""
@@ -233,17 +235,19 @@ def main() -> None:
     start = time.perf_counter()
     tuner = Tuner(model, device, rows, arguments.ops, arguments.quick)
     print(f"{tuner.compile()} kernels compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
+    write: Callable[[Table], Any] = (
+        (lambda table: None) if arguments.dry_run else partial(choices.save, device, facts=facts)
+    )
     with beside_another(device):  # the slower of two paces, if there are two
         tuner.measure()
-        tuner.settle()
-    table = tuner.table
+        for _ in tuner.settle():
+            write(tuner.table)  # what comes may fail, or be stopped
     if "prefill" in arguments.ops:
         prompts = _tune_prefill.QUICK_ROWS if arguments.quick else _tune_prefill.ROWS
-        table |= _tune_prefill.measured(model, device, prompts, PREFILL_SECONDS, tuner.failures)
-        table |= _tune_causal.measured(model, device, arguments.quick, CAUSAL_SECONDS, tuner.failures)
-    facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
-    if not arguments.dry_run:
-        print("written:", choices.save(device, table, facts).name)
+        write(_tune_prefill.measured(model, device, prompts, PREFILL_SECONDS, tuner.failures))
+        write(_tune_causal.measured(model, device, arguments.quick, CAUSAL_SECONDS, tuner.failures))
+    print("nothing is written" if arguments.dry_run else f"written: {choices.gpu_slug(device)}.json")
     print(f"{time.perf_counter() - start:.0f} s in all")
     if tuner.failures:
         raise SystemExit(f"{len(tuner.failures)} launches are wrong, each named above.")

@@ -401,6 +401,22 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert ended.value.code == 2 and "there is none here" in capsys.readouterr().err
 
 
+def test_what_is_chosen_is_kept_when_the_next_rows_fail(made_up, gpu, monkeypatch):
+    settled = tune.Tuner._settled
+
+    def fails(tuner, count, start):
+        if count == 40:
+            raise torch.OutOfMemoryError("made up")
+        return settled(tuner, count, start)
+
+    monkeypatch.setattr(tune.Tuner, "_settled", fails)
+    monkeypatch.setattr("sys.argv", ["tune", "--model", "tiny", "--rows", "16,40", "--ops", "qkv,o,gate_up,down"])
+    with use("reference"), pytest.raises(torch.OutOfMemoryError):
+        tune.main()
+    names = {shape_key(16, op.out, op.k, op.gated) for op in TINY.ops()}
+    assert set(choices._table(gpu)["decode_linear"]) == names
+
+
 def test_a_dry_run_writes_nothing(made_up, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["tune", "--model", "tiny", "--rows", "16", "--ops", "o", "--dry-run"])
     with use("reference"):
