@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -35,6 +34,7 @@ from harness.results import write_json
 from harness.rounds import BlockFailed, Item, items
 from harness.runner import Session
 from kernels._timing import beside_another
+from scripts.command_line import parsed
 
 STATES = ("alone", "beside", "after")
 WORK = (
@@ -55,7 +55,7 @@ def record_of(session: Session, work: list[Item]) -> dict[str, Any]:
     return kept | {"status": "interrupted", "failures": [], "tpot_ms": rows}
 
 
-def measure(session: Session, work: list[Item], record: dict[str, Any], blocks: int) -> Iterator[None]:
+def measure(session: Session, work: list[Item], record: dict[str, Any], blocks: int) -> None:
     """Fill `record`, in which ms per token of each block stand by batch size and state; the session is started."""
     on = session.measured.blocks(session.work.requests)
     for item in work:
@@ -68,7 +68,6 @@ def measure(session: Session, work: list[Item], record: dict[str, Any], blocks: 
                         row[state] += on.measure(item)
                     except BlockFailed as failed:
                         record["failures"] += [f"batch {item.batch_size}, {state}: {failed}"]
-        yield
     record["status"] = "ok"
 
 
@@ -78,12 +77,9 @@ def main() -> int:
     parser.add_argument("--engine", default="fused", help="default: %(default)s")
     parser.add_argument("--blocks", type=int, default=4, help="of each batch size and state; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
-    if len(sys.argv) == 1:
-        parser.print_help()
+    if (asked := parsed(parser)) is None:
         return 0
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    own, overrides = sys.argv[1:cut], sys.argv[cut + 1 :]
-    arguments = parser.parse_args(own)
+    arguments, overrides = asked
     record: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="paces-") as folder:
@@ -93,21 +89,20 @@ def main() -> int:
             work = [item for item in items(session.work) if item.metric == "tpot_ms"]
             with session.started():
                 record = record_of(session, work)
-                for _ in measure(session, work, record, arguments.blocks):
-                    if arguments.json:
-                        write_json(arguments.json, record)
+                measure(session, work, record, arguments.blocks)
     except (InputError, BlockFailed, HydraException, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Ended early.", file=sys.stderr)
         return 130
+    finally:
+        if arguments.json and record:
+            write_json(arguments.json, record)
     for row in record["tpot_ms"]:
         times = ", ".join(f"{state} {median(row[state]):.3f}" for state in STATES if row[state])
         print(f"{arguments.engine}, batch {row['batch_size']}, TPOT ms: {times}", flush=True)
     print(*record["failures"], sep="\n", end="\n" if record["failures"] else "")
-    if arguments.json:
-        write_json(arguments.json, record)
     return 1 if record["failures"] else 0
 
 

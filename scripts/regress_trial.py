@@ -44,6 +44,7 @@ from harness.regress.sides import Cell, Key, Side, read
 from harness.regress.thresholds import PRESETS, Thresholds
 from harness.regress.verdicts import Verdict, judge
 from harness.results import load, write_json
+from scripts.command_line import parsed
 
 NORMAL, SLOW = "normal", "slow"
 SAME_SAME, SAME_SLOW = "same_with_same", "same_with_slow"
@@ -260,12 +261,9 @@ def main() -> int:
     parser.add_argument("--slowdown", type=float, default=0.03, help="share of a step planted (default: %(default)s)")
     parser.add_argument("--comparisons", type=int, default=20, help="of each kind (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
-    if len(sys.argv) == 1:
-        parser.print_help()
+    if (asked := parsed(parser)) is None:
         return 0
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    own, overrides = sys.argv[1:cut], sys.argv[cut + 1 :]
-    arguments = parser.parse_args(own)
+    arguments, overrides = asked
     into = arguments.into.absolute()
     try:
         run_launches(into, arguments.engine, arguments.launches, arguments.seconds, arguments.slowdown, overrides)

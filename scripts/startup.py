@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from engines.base import InputError
 from harness.results import write_json
+from scripts.command_line import parsed
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 STARTS = ("cold", "warm")
@@ -81,12 +82,9 @@ def main() -> int:
     parser.add_argument("--engine", default="fused", help="default: %(default)s")
     parser.add_argument("--caches", type=Path, metavar="FOLDER", help="keep the caches here, in a new folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
-    if len(sys.argv) == 1:
-        parser.print_help()
+    if (asked := parsed(parser)) is None:
         return 0
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    own, overrides = sys.argv[1:cut], sys.argv[cut + 1 :]
-    arguments = parser.parse_args(own)
+    arguments, overrides = asked
     runs: dict[str, dict[str, Any]] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="startup-") as folder:

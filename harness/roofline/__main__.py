@@ -24,6 +24,11 @@ from harness.roofline.ceilings import Ceilings, Key, cached, ceilings, from_reco
 from harness.roofline.table import lines, table
 
 OK, BAD_INPUT = 0, 2
+ABOVE = 1.1
+ABOVE_CEILING = (
+    "Some of it is faster than the ceiling: a cache held what it reads, or the ceiling was measured while the machine "
+    "was busy; `python -m harness.roofline --again` measures it anew."
+)
 _PLAIN_WIDTH = 160
 
 
@@ -41,13 +46,6 @@ def ceilings_of(run: Mapping[str, Any]) -> Ceilings:
             f"`python -m harness.roofline --device {run['device']}` there, or give them by --read and --matrix."
         )
     return found
-
-
-ABOVE = 1.1
-ABOVE_CEILING = (
-    "Some of it is faster than the ceiling: a cache held what it reads, or the ceiling was measured while the machine "
-    "was busy; `python -m harness.roofline --again` measures it anew."
-)
 
 
 def print_runs(folders: Sequence[str], known: Ceilings | None, console: Console) -> None:

@@ -227,15 +227,25 @@ STUB = "import os, sys\ndef zeros(count, device): open(os.environ['SEEN'], 'w').
 """Of torch, for the process that stands by."""
 
 
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Puts it in place, with something behind its only function; returns where started processes will stand."""
+
+    def put(behind):
+        (tmp_path / "torch.py").write_text(STUB.format(behind))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+        monkeypatch.setattr(_timing.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+        return started
+
+    started, popen = [], _timing.subprocess.Popen
+    return put
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_another_process_stands_by_until_the_end(fails, tmp_path, monkeypatch):
+def test_another_process_stands_by_until_the_end(fails, stub, tmp_path):
     """On the device that was asked for; it is gone afterwards, also where the block fails."""
-    (tmp_path / "torch.py").write_text(STUB.format(""))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
-    started = []
-    popen = _timing.subprocess.Popen
-    monkeypatch.setattr(_timing.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    started = stub("")
     with suppress(KeyError), _timing.beside_another(torch.device("cuda", 1)):
         assert (tmp_path / "seen").read_text() == "cuda:1" and started[0].poll() is None
         if fails:
@@ -244,13 +254,8 @@ def test_another_process_stands_by_until_the_end(fails, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["at once", "meanwhile"])
-def test_who_does_not_stand_by_is_missed(when, tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text(STUB.format("; sys.exit()" if when == "at once" else ""))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
-    started = []
-    popen = _timing.subprocess.Popen
-    monkeypatch.setattr(_timing.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+def test_who_does_not_stand_by_is_missed(when, stub):
+    started = stub("; sys.exit()" if when == "at once" else "")
     with pytest.raises(RuntimeError, match="has ended"), _timing.beside_another(torch.device("cuda")):
         started[0].kill()
         started[0].wait()
