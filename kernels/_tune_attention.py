@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import choices, decode_linear, qk_norm_rope_cache
+from kernels._rows import copied_rows
 from kernels._timing import checked, poisoned, relative_error, time_graph_us
 from kernels.decode_attention import decode_attention, reference, workspace
 from kernels.decode_attention_launch import SHORT_ROWS, Launch, candidates, default_launch, shape_key
@@ -128,7 +129,7 @@ class Bench(Contexts):
         wide = heads.heads * heads.head_dim
         weights_o = torch.randn(LAYERS, HIDDEN, wide, device=device, dtype=torch.bfloat16).mul_(wide**-0.5)
         self.weights_o = [weights_o[layer % LAYERS] for layer in range(layers)]
-        self.attended = torch.randn(rows, wide, device=device).bfloat16()
+        self.attended = copied_rows(torch.randn(rows, wide, device=device).bfloat16())
         self.stream = torch.randn(rows, HIDDEN, device=device).bfloat16()
         self.qkv = self._project(self.weights[0])
         self.expected = reference(*self.arguments(self.qkv, self.caches[0].clone())).float()

@@ -38,6 +38,7 @@ from kernels._decode_attention_registers import from_registers
 from kernels._decode_attention_stream import from_stream
 from kernels._dependent import can_depend, let_next_start
 from kernels._fusion import Fusion
+from kernels._rows import empty_rows
 from kernels._triton import runs_triton, tl, triton
 from kernels.decode_attention_launch import (
     MAX_SPLITS,
@@ -256,7 +257,7 @@ def decode_attention(
             eps, scale,
         )  # fmt: skip
     rows, block_size, max_blocks = qkv.shape[0], k_cache.shape[1], block_tables.shape[1]
-    o = torch.empty((rows, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    o = empty_rows(rows, heads * head_dim, qkv)
     if rows == 0:
         return o
     if launch is None:

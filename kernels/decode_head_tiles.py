@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels._dependent import ask_into_l2, can_depend, let_next_start, wait_for_previous
 from kernels._triton import tl, triton
-from kernels.prefill_linear import Launch, can_describe, described, halves, product_tile, programs
+from kernels.prefill_linear import Launch, can_describe, described, described_rows, halves, product_tile, programs
 from kernels.sample import TILE, finite, scale_of
 
 INSTRUCTION_ROWS = 64
@@ -122,7 +122,7 @@ def run_tiles(
     operands = (x, weight, logits)
     if describes := can_describe(*operands):
         operands = (
-            described(x, (launch.block_m, launch.block_k)),
+            described_rows(x, (launch.block_m, launch.block_k)),
             described(weight, (launch.block_n, launch.block_k), parts=1),
             described(logits, (launch.block_m, TILE)),
         )

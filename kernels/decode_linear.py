@@ -39,6 +39,7 @@ from kernels._checks import check_float, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
+from kernels._rows import empty_rows
 from kernels._triton import power_of_two, runs_triton, tl, triton
 from kernels.choices import chosen_for, launch_of, rows_measured
 from kernels.decode_linear_tiled import HalfNormed, run_tiled, silu_mul_values
@@ -512,7 +513,7 @@ def decode_linear(
         return reference(x, weight, norm_weight=norm_weight, eps=eps, bias=bias, residual=residual, gated=gated)
     rows, k = given.shape
     out = weight.shape[0] // 2 if gated else weight.shape[0]
-    y = torch.empty((rows, out), dtype=given.dtype, device=given.device) if residual is None else residual
+    y = empty_rows(rows, out, given) if residual is None else residual
     if rows == 0 or out == 0:
         return y
     shape = (rows, out, k, gated, given.element_size())

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from kernels._dependent import ask_into_l2, let_next_start, wait_for_previous
 from kernels._dot import dot
+from kernels._rows import empty_rows
 from kernels._triton import tl, triton
-from kernels.prefill_linear import can_describe, described, halves
+from kernels.prefill_linear import can_describe, described, described_rows, halves
 
 if TYPE_CHECKING:
     from kernels.decode_linear import Launch
@@ -258,7 +259,7 @@ def run_tiled(
     left = None
     if next_norm_weight is not None:
         left = HalfNormed(
-            torch.empty((rows, out), dtype=y.dtype, device=y.device),
+            empty_rows(rows, out, y),
             torch.empty((column_blocks, rows), dtype=torch.float32, device=y.device),
         )
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
@@ -268,7 +269,7 @@ def run_tiled(
     operands: tuple[Any, Any] = given, weight
     if describes:
         operands = (
-            described(given, (launch.block_m, launch.block_k)),
+            described_rows(given, (launch.block_m, launch.block_k)),
             described(weight, (launch.block_n, launch.block_k), parts=2 if gated else 0),
         )
     decode_linear_tiled_kernel[(tiles, split_k)](

@@ -34,6 +34,7 @@ from kernels._checks import check_cache_write, check_qkv
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._fusion import Fusion
+from kernels._rows import empty_rows
 from kernels._triton import HAVE_TRITON, INTERPRETED, power_of_two, runs_triton, tl, triton
 from kernels.causal_attention import reference as causal_attention_reference
 from kernels.qk_norm_rope_cache import reference as qk_norm_rope_cache_reference
@@ -268,7 +269,7 @@ def prefill_attention(
             qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads, num_kv_heads,
             head_dim, eps, scale,
         )  # fmt: skip
-    o = torch.empty((tokens, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    o = empty_rows(tokens, num_heads * head_dim, qkv)
     if tokens > 0:
         depends = dependent and can_depend(qkv.device)
         launch = launch or default_launch(tokens, num_heads, num_kv_heads, head_dim, qkv.element_size())

@@ -12,13 +12,13 @@ How tiles are made and launched: kernels/prefill_linear.py.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
+from kernels._rows import empty_rows
 from kernels._triton import INTERPRETED, runs_triton, tl, triton
 from kernels.prefill_linear import (
     Launch,
@@ -26,6 +26,7 @@ from kernels.prefill_linear import (
     can_describe,
     default_launch,
     described,
+    described_rows,
     halves,
     product_tile,
     programs,
@@ -130,7 +131,7 @@ def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None, dep
     if not runs_triton(x):
         return reference(x, weight)
     inter = weight.shape[0] // 2
-    y = torch.empty((rows, inter), dtype=x.dtype, device=x.device)
+    y = empty_rows(rows, inter, x)
     if y.numel() == 0 or hidden == 0:
         return y.zero_()
     launch = launch or best_launch("prefill_gate_up", 2 * inter, hidden, rows, x.dtype, x.device)
@@ -139,7 +140,7 @@ def prefill_gate_up(x: Tensor, weight: Tensor, launch: Launch | None = None, dep
     operands = (x, weight, y)
     if describes := can_describe(*operands):
         operands = (
-            described(x, (launch.block_m, launch.block_k)),
+            described_rows(x, (launch.block_m, launch.block_k)),
             described(weight, (launch.block_n, launch.block_k), parts=2),
             described(y, (launch.block_m, launch.block_n // launch.pieces)),
         )

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kernels._dependent import can_depend
 from kernels._dot import dot
+from kernels._rows import rows_in_tiles
 from kernels._triton import HAVE_TRITON, INTERPRETED, power_of_two, tl, triton
 from kernels.choices import chosen, launch_of
 
@@ -140,6 +141,11 @@ def described(tensor: Tensor, block: tuple[int, int], parts: int = 0) -> Any:
         rows = shape[0] // parts
         shape, strides, block_shape = [parts, rows, shape[1]], [rows * shape[1], *strides], [parts, *block_shape]
     return TensorDescriptor(tensor, shape, strides, block_shape)
+
+
+def described_rows(x: Tensor, block: tuple[int, int]) -> Any:
+    """A descriptor of contiguous x [rows, columns] that is only read, with what lies behind its rows in their tile."""
+    return TensorDescriptor(x, [rows_in_tiles(x, block[0]), x.shape[1]], [x.shape[1], 1], list(block))
 
 
 def programs(launch: Launch, tiles: int, device: torch.device) -> int:

@@ -35,6 +35,7 @@ from kernels.prefill_linear import (
     can_describe,
     default_launch,
     described,
+    described_rows,
     product_tile,
     programs,
     tile_at,
@@ -217,7 +218,7 @@ def prefill_qkv_rope(
         operands = (x, weight)
         if describes := can_describe(*operands):
             operands = (
-                described(x, (launch.block_m, launch.block_k)),
+                described_rows(x, (launch.block_m, launch.block_k)),
                 described(weight, (launch.block_n, launch.block_k), parts=1),
             )
         tiles = -(-rows // launch.block_m) * (weight.shape[0] // launch.block_n)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels._checks import check_float, check_like
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
+from kernels._rows import empty_rows
 from kernels._triton import power_of_two, runs_triton, tl, triton
 
 FEW_ROWS = 1024
@@ -56,7 +57,7 @@ def rms_norm(x: Tensor, norm_weight: Tensor, eps: float, dependent: bool = False
     check_like("norm_weight", norm_weight, (hidden,), x)
     if not runs_triton(x):
         return reference(x, norm_weight, eps)
-    y = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    y = empty_rows(rows, hidden, x)
     if y.numel() > 0:
         block_k = power_of_two(hidden)
         # Sixteen bytes at a time and four such loads a thread, or up to 16 warps where a row is longer.

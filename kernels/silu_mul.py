@@ -8,13 +8,13 @@ Fused: the activation and the product. Saved: the write and read of silu(gate) (
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._checks import check_float
 from kernels._dependent import can_depend, let_next_start, wait_for_previous
 from kernels._fusion import Fusion
+from kernels._rows import empty_rows
 from kernels._triton import runs_triton, tl, triton
 
 BLOCK = 1024
@@ -55,7 +55,7 @@ def silu_mul(gate_up: Tensor, dependent: bool = False) -> Tensor:
     if not runs_triton(gate_up):
         return reference(gate_up)
     inter = columns // 2
-    y = torch.empty((rows, inter), dtype=gate_up.dtype, device=gate_up.device)
+    y = empty_rows(rows, inter, gate_up)
     if y.numel() > 0:
         depends = dependent and can_depend(gate_up.device)
         silu_mul_kernel[(rows * -(-inter // BLOCK),)](

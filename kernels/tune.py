@@ -17,9 +17,10 @@ The head is timed with the sampler's sums: of more than 16 rows that is a kernel
 
 The best of each op are then tried in the chain of all layers, attention between the products and the head at the end,
 as they run in a decode step (kernels/_tune_chain.py): there launches are chosen, and whether norms are made in halves
-(kernels/_tune_settle.py). What counts is the slowest of a few captures, while another process has a context on the GPU;
-where several numbers of rows share a choice, it is the mean of the most and the fewest. That needs all four products
-among `--ops`. Attention that is not among them runs as it was chosen before.
+(kernels/_tune_settle.py), from each op's best alone or from what was chosen before, whichever is faster. What counts is
+the slowest of a few captures, while another process has a context on the GPU; where several numbers of rows share a
+choice, it is the mean of the most and the fewest. That needs all four products among `--ops`. Attention that is not
+among them runs as it was chosen before.
 
 Prefill's products with their ends (`prefill`) are timed by kernels/_tune_prefill.py, its attention by _tune_causal.py;
 `--rows` are decode's. Gate and up of a decode step of many rows are tried with prefill's kernel too.
@@ -63,6 +64,9 @@ from kernels._tune_products import (
 from kernels._tune_settle import best_pairs, described, settle, ways
 from kernels.choices import rows_measured
 from kernels.decode_attention_launch import best_launch as best_attention
+from kernels.decode_head import best_launch as best_head
+from kernels.decode_linear import best_launch as best_linear
+from kernels.decode_linear import best_prefill_gate_up
 from kernels.decode_linear import shape_key as linear_key
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
@@ -161,14 +165,38 @@ class Tuner:
         chains = [Chain(self.benches, self._contexts(rows, SHORT), head) for rows in served(count, self._counts())]
         time_us = lambda launches: fmean(chain.time_us(launches) for chain in chains)  # noqa: E731
         start_us = time_us(start)
+        chosen = self._chosen_before(count, start)
+        chosen_us = time_us(chosen)
         say = lambda text: print(f"{count:5} {text}", flush=True)  # noqa: E731
-        settled, us = settle(time_us, tried, start, CHAIN_SECONDS, say)
+        settled, us = settle(time_us, tried, chosen if chosen_us < start_us else start, CHAIN_SECONDS, say)
         halves = " and ".join(first for first, second in PAIRS if in_halves(settled, first, second))
         say(
             f"chain: {us / 1000:.3f} ms with {_differences(start, settled)}; each op's best alone "
-            f"{start_us / 1000:.3f} ms; norms in halves after {halves or 'no product'}"
+            f"{start_us / 1000:.3f} ms, what was chosen before {chosen_us / 1000:.3f} ms; norms in halves after "
+            f"{halves or 'no product'}"
         )
         return settled
+
+    def _chosen_before(self, count: int, start: Launches) -> Launches:
+        """Choices of now for `count` rows where they are candidates, else `start`'s. From one place alone the search
+        may end where no single step gains, and another place does."""
+        found = dict(start)
+        for name, result in self.found[count].items():
+            now = self._choice(name, count)
+            if now is None or any(launch == _with_halves(now) for _, launch in result.timed):
+                found[name] = now
+        now = best_attention(count, *self.model.attention(), SHORT[1], 2, self.device)
+        if now in self._attention_launches(count):
+            found["attention"] = now
+        return found
+
+    def _choice(self, name: str, count: int) -> Any:
+        """Of an op, by the table of now; None is cuBLAS."""
+        if name == "head":
+            return best_head(count, self.model.vocab, self.model.hidden, 2, self.device)
+        op = self.benches[name].op
+        shape = count, op.out, op.k, op.gated, 2, self.device
+        return best_linear(*shape) or best_prefill_gate_up(*shape)
 
     def _at_long_contexts(self, count: int, launches: Launches) -> None:
         """Choose attention for all that short contexts' is not for, beside `launches` of the other ops."""
@@ -202,6 +230,11 @@ class Tuner:
         bench, launch = self.benches[name], replace(launches[name], halves=False)
         bench.prepare(count)
         return bench.time_us(partial(bench.fused, launch=launch, stream=bench.stream))
+
+
+def _with_halves(launch: Any) -> Any:
+    """As it stands among the candidates, whatever was chosen of norms."""
+    return replace(launch, halves=True) if is_tiled(launch) else launch
 
 
 def served(count: int, counts: Sequence[int]) -> tuple[int, ...]:

@@ -398,6 +398,22 @@ def test_attention_of_long_contexts_is_what_the_step_is_fastest_with_there(made_
     assert max(longest) == 2048
 
 
+def test_what_was_chosen_before_stays_where_no_single_step_leads_to_it(made_up, gpu, monkeypatch):
+    """All four products together are fast, any other step is equally slow."""
+    names = {op.name: shape_key(16, op.out, op.k, op.gated) for op in TINY.ops()}
+    before = {name: replace(OFFERED[1], halves=name != "o") for name in names}
+    entries = {names[name]: {"launch": choices.fields_of(launch)} for name, launch in before.items()}
+    choices.save(gpu, {"decode_linear": entries}, {"gpu": "Some GPU"})
+    fast = lambda chain, launches: 2.0 - all(launches[name] == launch for name, launch in before.items())  # noqa: E731
+    monkeypatch.setattr(tune.Chain, "time_us", fast)
+    monkeypatch.setattr(tune, "best_linear", lambda *shape: best_launch(*shape[:-1], gpu))  # the tuner runs on the CPU
+    monkeypatch.setattr("sys.argv", ["tune", "--model", "tiny", "--rows", "16", "--ops", "qkv,o,gate_up,down"])
+    with use("reference"):
+        tune.main()
+    chosen = {op.name: best_launch(16, op.out, op.k, op.gated, 2, gpu) for op in TINY.ops()}
+    assert chosen == before
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
