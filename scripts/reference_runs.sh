@@ -16,13 +16,12 @@
 # What checks fused and studies it beside these, with a time limit each, is in scripts/reference_checks.sh.
 #
 # Results go to $RESULTS (results/reference-runs); `python scripts/reference_refresh.py` makes them small enough to
-# commit, and trial's regress-trial.json is so already. Needs vllm, and for compare nano-vLLM, which UPSTREAM=no leaves
-# out. PYTHON names the interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain launches in
-# trial, WEIGHTS the checkpoint (random), SHARE and CACHE_TOKENS what each engine gets of an H200 in compare (null: what
-# its share leaves, one engine starting after the other), TOGETHER how many engines there are at once in ablation and
-# alone (9, each takes up to 13 GB; 2 or more), OPS_MODEL whose shapes ops takes (qwen3-0.6b, or all), MODEL whose
-# weights ablation and alone run (qwen3-0.6b), MODELS those of models, DRY_RUN=1 only prints the commands. A part that
-# fails does not stop the next one.
+# commit, and trial's regress-trial.json is so already. Needs vllm, and for compare nano-vLLM, which VLLM=no and
+# UPSTREAM=no leave out. PYTHON names the interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain
+# launches in trial, WEIGHTS the checkpoint (random), SHARE and CACHE_TOKENS what an engine gets of an H200 in compare,
+# TOGETHER how many engines there are at once in ablation and alone (9, each takes up to 13 GB; 2 or more), OPS_MODEL
+# whose shapes ops takes (qwen3-0.6b, or all), MODEL whose weights ablation and alone run (qwen3-0.6b), MODELS those of
+# models, DRY_RUN=1 only prints the commands. A part that fails does not stop the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -56,9 +55,12 @@ ablate() {
 part() {
   case $1 in
     compare)
-      # A cache of one size, so that these start together; nano-vLLM takes what such a share leaves, and starts alone.
-      engines="nano,fused,vllm:serve_arm=default,vllm:serve_arm=inproc_async"
-      [[ ${UPSTREAM:-yes} == no ]] || engines="nano_vllm:limits.kv_cache_tokens=null,$engines"
+      # Ours start together with caches of one size. The others take what such a share leaves, one after the other: when
+      # vLLM's two arms were given a size and started together, they did not come to an end of it in five minutes.
+      own=limits.kv_cache_tokens=null
+      engines="nano,fused"
+      [[ ${VLLM:-yes} == no ]] || engines+=",vllm:serve_arm=default:$own,vllm:serve_arm=inproc_async:$own"
+      [[ ${UPSTREAM:-yes} == no ]] || engines="nano_vllm:$own,$engines"
       engines="engines=[$engines]"
       run "$python" -m harness.compare "$engines" baseline=nano workload=full rounds="${ROUNDS:-6}" \
         launches="${LAUNCHES:-1}" into="$results/compare" limits.gpu_memory_utilization="${SHARE:-0.18}" \
