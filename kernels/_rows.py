@@ -1,8 +1,8 @@
 """Rows with room behind them, so that whole tiles of them may be read.
 
 The tensor memory accelerator is slow with a box that ends outside of its tensor: by descriptors, a product of 80 rows
-in tiles of 64 took longer than one of 128. So kernels leave room behind the rows that they write, and descriptors of
-what is read reach into it. What lies there does not matter: a row of a product comes from one row of x, and surplus
+in tiles of 64 took longer than one of 128. So kernels leave room behind the rows that a product reads next, and its
+descriptors reach into it. What lies there does not matter: a row of a product comes from one row of x, and surplus
 rows are not stored.
 """
 

@@ -159,8 +159,7 @@ class Tuner:
         if "attention" in start:
             tried["attention"] = self._attention_launches(count)
         else:
-            heads = self.model.attention()
-            start = {**start, "attention": best_attention(count, *heads, SHORT[1], 2, self.device)}
+            start = {**start, "attention": self._choice("attention", count)}
         head = self.head if "head" in tried else None
         chains = [Chain(self.benches, self._contexts(rows, SHORT), head) for rows in served(count, self._counts())]
         time_us = lambda launches: fmean(chain.time_us(launches) for chain in chains)  # noqa: E731
@@ -180,18 +179,15 @@ class Tuner:
     def _chosen_before(self, count: int, start: Launches) -> Launches:
         """Choices of now for `count` rows where they are candidates, else `start`'s. From one place alone the search
         may end where no single step gains, and another place does."""
-        found = dict(start)
-        for name, result in self.found[count].items():
-            now = self._choice(name, count)
-            if now is None or any(launch == _with_halves(now) for _, launch in result.timed):
-                found[name] = now
-        now = best_attention(count, *self.model.attention(), SHORT[1], 2, self.device)
-        if now in self._attention_launches(count):
-            found["attention"] = now
-        return found
+        offered = {name: [None, *(launch for _, launch in result.timed)] for name, result in self.found[count].items()}
+        offered["attention"] = self._attention_launches(count)
+        now = {name: self._choice(name, count) for name in offered}
+        return {**start, **{name: launch for name, launch in now.items() if _with_halves(launch) in offered[name]}}
 
     def _choice(self, name: str, count: int) -> Any:
         """Of an op, by the table of now; None is cuBLAS."""
+        if name == "attention":
+            return best_attention(count, *self.model.attention(), SHORT[1], 2, self.device)
         if name == "head":
             return best_head(count, self.model.vocab, self.model.hidden, 2, self.device)
         op = self.benches[name].op
