@@ -253,6 +253,14 @@ class Engine(Protocol):
     capacity: Capacity
     notes: dict[str, Any]
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """InputError: an option that this engine does not have, or a value that it does not take on any machine.
+
+        Starts nothing, so that a mistake is told before anything else is started.
+        """
+        ...
+
     def add(self, request: Request) -> object:
         """Queue a request; InputError if it can never run (longer than the model or the cache takes)."""
         ...

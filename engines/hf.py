@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -167,8 +167,7 @@ class HF:
     mode: Literal["eager", "graph", "compiled"] = "eager"
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.options:
-            raise InputError(f"engine hf has no option {_some(config.options)}.")
+        self.check_options(config.options)
         self.config = config
         self.model: nn.Module | None = load_model(config.checkpoint, getattr(torch, config.dtype), config.device)
         text_config: Any = self.model.config
@@ -192,6 +191,11 @@ class HF:
             kv_cache_tokens=config.kv_cache_tokens or config.max_num_seqs * config.max_model_len,
         )  # fmt: skip
         self.notes: dict[str, Any] = {"attention": "sdpa, one sequence at a time", "graphs": "none"}
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        if options:
+            raise InputError(f"engine hf has no option {_some(options)}.")
 
     def add(self, request: Request) -> None:
         """Queue a request. Output is cut where the model's length ends; a prompt that fills it is refused."""

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from engines.base import InputError
 from harness import gpus, launched
@@ -71,6 +72,22 @@ def check_launcher(name: str) -> None:
         raise InputError(f"The launcher {name} needs the program {program}, which this machine does not have.")
 
 
+def join_cluster(init: DictConfig) -> None:
+    """Connect to the Ray cluster of `init` (hydra.launcher.ray.init): a failure in the launcher ends in a traceback.
+
+    The launcher then finds it done. It would also name a size of the object store, which a running cluster refuses.
+    InputError: there is no cluster, or Ray takes no such settings.
+    """
+    import ray
+
+    settings: Any = OmegaConf.to_container(init, resolve=True)
+    try:
+        ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition(". ")[0].rstrip(".")
+        raise InputError(f"hydra.launcher.ray.init.address={init.address} cannot be joined: {reason}.") from error
+
+
 def check_writable(results: Path) -> None:
     """InputError if run folders cannot be made under `results`. Leaves nothing behind."""
     existing = results.absolute()
@@ -107,11 +124,14 @@ def settle_sweep(overrides: list[str]) -> list[str]:
     """Overrides for Hydra that a sweep needs besides `overrides`.
 
     Its folder is settled here, as an absolute path: jobs may run in other folders, and at other times.
-    InputError: the launcher is not installed.
+    InputError: the launcher is not installed, or the cluster that it is to use is not there.
     """
     fixed = fixed_overrides(overrides)
     node = compose_node(fixed, with_hydra=True)
-    check_launcher(node.hydra.runtime.choices["hydra/launcher"])
+    launcher = node.hydra.runtime.choices["hydra/launcher"]
+    check_launcher(launcher)
+    if launcher == "ray" and node.hydra.launcher.ray.init.address:
+        join_cluster(node.hydra.launcher.ray.init)
     SESSION.sweep_dir, SESSION.results = Path(node.hydra.sweep.dir).absolute(), Path(node.results)
     quoted = str(SESSION.sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
     excluded = [*TOLD_ANYWAY, *fixed_keys(overrides)]

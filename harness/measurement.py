@@ -141,7 +141,7 @@ class Measurement:
 
                 def on_finish(result: RequestResult) -> None:
                     finished.append(result)
-                    done(result.request_id)
+                    done(f"request {result.request_id}")
 
                 start_s = time.perf_counter()
                 results = self.engine.serve(requests, on_finish, arrivals_s)

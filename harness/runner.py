@@ -6,7 +6,6 @@ Timing and tracing are separate passes, and nothing is timed on an engine whose 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import time
 import uuid
@@ -19,9 +18,10 @@ from typing import Any
 
 import torch
 
-from engines.base import Engine, EngineConfig, InputError
+from engines.base import Engine, EngineConfig
 from harness import machine
 from harness.config import Config
+from harness.engine_classes import start_engine
 from harness.errors import RunFailed
 from harness.instruments.nvtx import Ranges
 from harness.limits import Work, check_capacity, device_of, engine_config, too_large
@@ -53,16 +53,6 @@ def run(config: Config, run_dir: Path, reporter: Reporter | None = None) -> dict
         session.measure()
     print_summary(run_dir)
     return session.record
-
-
-def start_engine(target: str, config: EngineConfig) -> Engine:
-    """An engine by the dotted path of its class. InputError: there is no such class."""
-    module, _, name = target.rpartition(".")
-    try:
-        made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"engine.target {target} cannot be imported: {error}.") from error
-    return made(config)
 
 
 class Session:

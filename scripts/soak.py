@@ -210,15 +210,27 @@ def compare(
     return found
 
 
+def failures(ran: Outcome, found: Comparison, grown: Mapping[str, int]) -> list[str]:
+    """Why it did not pass; nothing if it did. `grown` is in bytes (`growth`)."""
+    reasons = [
+        "no tokens were compared" if not found.equal_tokens else "",
+        "tokens differ" if found.differing else "",
+        "blocks are lost" if ran.free_blocks[0] != ran.free_blocks[1] else "",
+        "memory was not read often enough" if not grown else "",
+        *(f"{name} grew" for name in grown if grown[name] > GROWTH[name]),
+    ]
+    return [reason for reason in reasons if reason]
+
+
 def record(config: EngineConfig, asked: int, seed: int, ran: Outcome, found: Comparison) -> dict[str, Any]:
     """What the JSON file holds; `asked` requests were to come."""
     grown = growth(ran.memory)
     provenance = machine.provenance()
     device = provenance["gpu"]["name"] if config.device == "cuda" else provenance["cpu"]["model"]
-    flat = bool(grown) and all(grown[name] <= GROWTH[name] for name in grown)
-    passed = flat and bool(found.equal_tokens) and not found.differing and ran.free_blocks[0] == ran.free_blocks[1]
+    reasons = failures(ran, found, grown)
     return {
-        "passed": passed,
+        "passed": not reasons,
+        "reasons": reasons,
         "device": device,
         "provenance": provenance,
         "checkpoint": config.checkpoint.name,
@@ -270,14 +282,7 @@ def show(made: Mapping[str, Any]) -> None:
     print(f"free blocks: {free['start']} at the start, {free['end']} at the end")
     for name, grown in made["growth"].items():
         print(f"{name}: {grown['bytes']:+,} in the second half (bound {grown['bound_bytes']:,})")
-    reasons = [
-        "no tokens were compared" if not made["equal_tokens"] else "",
-        "tokens differ" if made["differing"] else "",
-        "blocks are lost" if free["start"] != free["end"] else "",
-        "memory was not read often enough" if not made["growth"] else "",
-        *(f"{name} grew" for name, grown in made["growth"].items() if grown["bytes"] > grown["bound_bytes"]),
-    ]
-    print("passed" if made["passed"] else f"FAILED: {', '.join(filter(None, reasons))}")
+    print("passed" if made["passed"] else f"FAILED: {', '.join(made['reasons'])}")
 
 
 def main() -> int:

@@ -58,21 +58,21 @@ class RopeCache(_OfAttention):
 class QkvRope(_OfAttention):
     """Projection, head norms, rotation and cache write in one kernel, for prefill of many rows."""
 
-    def takes(self, hidden: Tensor, context: StepContext) -> bool:
-        """Whether one kernel is the faster way, and possible."""
+    def launch(self, hidden: Tensor, context: StepContext) -> Any:
+        """How one kernel is the faster way; None where it is not, or not possible."""
         (a,) = self._attention
         launch = prefill_launch("prefill_qkv_rope", hidden, a.qkv_proj.weight, context)
         heads = a.heads, a.kv_heads, a.dim
-        return launch is not None and takes_heads(*heads) and holds_heads(launch, *heads)
+        possible = launch is not None and takes_heads(*heads) and holds_heads(launch, *heads)
+        return launch if possible else None
 
-    def forward(self, normed: Tensor, positions: Tensor, context: StepContext) -> Rotated:
+    def forward(self, normed: Tensor, positions: Tensor, context: StepContext, launch: Any) -> Rotated:
         """q [tokens, heads, dim]; and k, v [tokens, kv_heads, dim] where attention may use them without the cache."""
         (a,) = self._attention
         wants_kv = context.cu_seqlens_k is not None
         result: Any = kernels.prefill_qkv_rope(
             normed, a.qkv_proj.weight, *self._behind(positions, context.slot_mapping), bias=a.qkv_proj.bias,
-            return_kv=wants_kv, launch=prefill_launch("prefill_qkv_rope", normed, a.qkv_proj.weight, context),
-            dependent=depends(context),
+            return_kv=wants_kv, launch=launch, dependent=depends(context),
         )  # fmt: skip
         return result if wants_kv else (result, None, None)
 
@@ -105,13 +105,13 @@ class CausalAttention(_OfAttention):
         longest = min(context.max_seqlen_q, len(q), context.block_tables.shape[1] * a.kv_write.k_cache.shape[1])
         return best_causal_launch(a.heads, a.kv_heads, a.dim, len(q), longest, q.dtype, q.device)
 
-    def forward(self, rotated: Rotated, positions: Tensor, context: StepContext) -> Tensor:
-        """[tokens, heads · dim]."""
+    def forward(self, rotated: Rotated, positions: Tensor, context: StepContext, launch: Any) -> Tensor:
+        """[tokens, heads · dim], in the way that `launch` says."""
         (a,) = self._attention
         q, k, v = rotated
         assert k is not None and v is not None
         return kernels.causal_attention(
-            q, k, v, positions, a.attention.scale, dependent=depends(context), launch=self.launch(q, context)
+            q, k, v, positions, a.attention.scale, dependent=depends(context), launch=launch
         ).flatten(1)
 
 

@@ -69,8 +69,8 @@ class FusedLayer(nn.Module):
         qkv: Tensor | Rotated
         if "norm_qkv" in self.features and self.norm_qkv.takes(hidden, context, self.max_prefill_rows):
             qkv = self.norm_qkv(hidden, context)
-        elif self._rotates_at_once(hidden, context):
-            qkv = self.qkv_rope(self.input_norm(hidden, context), positions, context)
+        elif (launch := self._qkv_rope_launch(hidden, context)) is not None:
+            qkv = self.qkv_rope(self.input_norm(hidden, context), positions, context, launch)
         else:
             qkv = attention.qkv_proj(self.input_norm(hidden, context))
         if self.last and isinstance(context, PrefillContext):
@@ -80,16 +80,19 @@ class FusedLayer(nn.Module):
         hidden = self._added(self.added_o, attention.o_proj, attended, hidden, context)
         if "norm_gate_up" in self.features and self.norm_gate_up.takes(hidden, context, self.max_prefill_rows):
             gated = self.norm_gate_up(hidden, context)
-        elif "prefill_epilogues" in self.features and self.gate_up.launch(hidden, context) is not None:
-            gated = self.gate_up(self.post_norm(hidden, context), context)
+        elif "prefill_epilogues" in self.features and (launch := self.gate_up.launch(hidden, context)) is not None:
+            gated = self.gate_up(self.post_norm(hidden, context), context, launch)
         else:
             gated = self.silu_mul(mlp.gate_up_proj(self.post_norm(hidden, context)), context)
         return self._added(self.added_down, mlp.down_proj, gated, hidden, context), None
 
-    def _rotates_at_once(self, hidden: Tensor, context: StepContext) -> bool:
-        """Whether the projection's kernel rotates and writes the cache; short prompts' attention would do that too."""
+    def _qkv_rope_launch(self, hidden: Tensor, context: StepContext) -> Any:
+        """How the projection's kernel rotates and writes the cache; None: it does not.
+
+        Where one kernel attends to short prompts, that one rotates.
+        """
         wanted = "prefill_epilogues" in self.features and not self._attends_at_once(hidden, context)
-        return wanted and self.qkv_rope.takes(hidden, context)
+        return self.qkv_rope.launch(hidden, context) if wanted else None
 
     def _attends_at_once(self, rows: Tensor, context: StepContext) -> bool:
         """Whether all between the projections is one kernel in this prefill."""
@@ -112,8 +115,8 @@ class FusedLayer(nn.Module):
         """From q, k and v, where k and v are at hand, or in the cache."""
         q, k, v = rotated
         at_hand = k is not None and v is not None and "prefill_attention" in self.features
-        if at_hand and self.causal_attention.launch(q, context) is not None:
-            return self.causal_attention(rotated, positions, context)
+        if at_hand and (launch := self.causal_attention.launch(q, context)) is not None:
+            return self.causal_attention(rotated, positions, context, launch)
         return self.plain.self_attn.attention(q, k, v, context)
 
     def _attend_last(

@@ -23,7 +23,7 @@ from engines.fused.context import DecodeContext, PrefillContext
 from engines.fused.draw import Draw
 from engines.fused.prefill import Inputs, aligned, count, shapes, step_of, views, write
 from engines.fused.state import Rows
-from engines.nano.graphs import DecodeGraphs
+from engines.nano.graphs import DecodeGraphs, graph_sizes
 from engines.nano.models.decoder import Decoder
 from engines.nano.sequence import Sequence
 
@@ -160,7 +160,7 @@ class PrefillGraphs:
             self._capture(size, pool)
         self.ends = DecodeGraphs(
             lambda rows: draw(self.stream[:rows], buffers.rows), partial(buffers.clear, buffers.sizes[0]),
-            buffers.max_sequences, pool,
+            graph_sizes(buffers.max_sequences), pool,
         )  # fmt: skip
 
     def fits(self, sequences: list[Sequence]) -> bool:

@@ -141,7 +141,6 @@ class GateUp(nn.Module):
             return best_prefill_gate_up(*shape_of(x.shape[0], linear.weight, True))
         return prefill_launch("prefill_gate_up", x, linear.weight, context)
 
-    def forward(self, normed: Tensor, context: StepContext) -> Tensor:
-        """[tokens, inter]."""
-        launch = self.launch(normed, context)
+    def forward(self, normed: Tensor, context: StepContext, launch: Any) -> Tensor:
+        """[tokens, inter], in the way that `launch` says."""
         return kernels.prefill_gate_up(normed, self._linear[0].weight, launch, dependent=depends(context))

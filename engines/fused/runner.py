@@ -24,7 +24,7 @@ from engines.fused.prefill_graphs import (
     token_sizes,
 )
 from engines.fused.state import DecodeState, Flight, Rows
-from engines.nano.graphs import DecodeGraphs
+from engines.nano.graphs import DecodeGraphs, graph_sizes
 from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
 from engines.nano.model_runner import ModelRunner
 from engines.nano.sequence import Sequence
@@ -152,13 +152,14 @@ class FusedRunner(ModelRunner):
         return host.to(self.device, non_blocking=True)
 
     def _capture(self) -> Graphs:
-        graphs = Graphs(lambda rows: self.step(rows, self.max_model_len), self.state.clear, self.config.max_num_seqs)
+        sizes = graph_sizes(self.config.max_num_seqs)
+        graphs = Graphs(lambda rows: self.step(rows, self.max_model_len), self.state.clear, sizes)
         c = self.model_config
         heads = c.num_heads, c.num_kv_heads, c.head_dim, self.state.stream.element_size(), self.device
-        short = [rows for rows in graphs.sizes if has_short_launch(rows, *heads)]
+        short = [rows for rows in sizes if has_short_launch(rows, *heads)]
         if "attention" in self.features and short and self.max_model_len > SHORT_CONTEXT:
             graphs.short = DecodeGraphs(
-                lambda rows: self.step(rows, SHORT_CONTEXT), self.state.clear, short[-1], graphs.pool, short
+                lambda rows: self.step(rows, SHORT_CONTEXT), self.state.clear, short, graphs.pool
             )
         if "prefill_graphs" in self.features and not self.watched:
             # A step of one token alone is no prefill to attention: it is padded.

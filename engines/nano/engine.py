@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +95,10 @@ class LLM(OfflineCalls):
         self.streamed = set()
         self._last = Ran([], False, [])
         self._closed = False
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        cls.options_class.parse(options, cls.name)
 
     def _start_runner(self) -> ModelRunner:
         if self.options.tensor_parallel_size == 1:

@@ -113,20 +113,24 @@ class DecodeBuffers:
         self._shown = shown
 
 
+def graph_sizes(max_rows: int) -> list[int]:
+    """Numbers of rows to capture where up to `max_rows` run: those of BATCH_SIZES, the last cut to `max_rows`."""
+    largest = min(max_rows, BATCH_SIZES[-1])
+    return [size for size in BATCH_SIZES if size < largest] + [largest]
+
+
 class DecodeGraphs:
-    """A decode step captured for each number of rows up to `max_rows` in BATCH_SIZES, or for those of `sizes` alone,
-    sharing one memory pool: `pool`, where other graphs have one that never run beside these.
+    """A decode step captured for each number of rows in `sizes` (ascending), sharing one memory pool: `pool`, where
+    other graphs have one that never run beside these.
 
     step: launches it for so many rows and returns its output [rows, ...]
     clear: makes what it reads a step of no sequences: what capture and its warm-up compute is never read
     """
 
     def __init__(
-        self, step: Callable[[int], Tensor], clear: Callable[[], None], max_rows: int, pool: Any = None,
-        sizes: list[int] | None = None,
-    ) -> None:  # fmt: skip
-        largest = min(max_rows, BATCH_SIZES[-1])
-        self.sizes = sizes or [size for size in BATCH_SIZES if size < largest] + [largest]
+        self, step: Callable[[int], Tensor], clear: Callable[[], None], sizes: list[int], pool: Any = None
+    ) -> None:
+        self.sizes = sizes
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.outputs: dict[int, Tensor] = {}
         self.pool = pool or torch.cuda.graph_pool_handle()

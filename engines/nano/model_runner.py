@@ -21,7 +21,7 @@ from engines.base import (
     TraceMode,
     hook,
 )
-from engines.nano.graphs import DecodeBuffers, DecodeGraphs, why_no_graphs
+from engines.nano.graphs import DecodeBuffers, DecodeGraphs, graph_sizes, why_no_graphs
 from engines.nano.layers.attention import choose_backend
 from engines.nano.layers.sampler import Sampler, SamplingBatch
 from engines.nano.models import Decoder, read_model
@@ -164,7 +164,7 @@ class ModelRunner:
         def step(rows: int) -> Tensor:
             return self.model(*self.buffers.inputs(rows), self.buffers.context(rows))
 
-        return DecodeGraphs(step, self.buffers.clear, self.config.max_num_seqs)
+        return DecodeGraphs(step, self.buffers.clear, graph_sizes(self.config.max_num_seqs))
 
     # --- memory ---
 

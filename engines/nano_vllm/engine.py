@@ -11,7 +11,7 @@ import atexit
 import gc
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -51,9 +51,7 @@ class NanoVLLM:
     arm = "default"
 
     def __init__(self, config: EngineConfig) -> None:
-        for option in config.options:
-            if option not in OPTIONS:
-                raise InputError(f"engine=nano_vllm has no option {option!r}; it has {', '.join(OPTIONS)}.")
+        self.check_options(config.options)
         if config.device != "cuda" or not torch.cuda.is_available():
             raise InputError("nano-vLLM runs on CUDA only.")
         if config.kv_cache_tokens is not None:
@@ -85,6 +83,12 @@ class NanoVLLM:
             "block_size": ours.kvcache_block_size,
             "prefix_caching": True,
         }
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        for option in options:
+            if option not in OPTIONS:
+                raise InputError(f"engine=nano_vllm has no option {option!r}; it has {', '.join(OPTIONS)}.")
 
     def add(self, request: Request) -> None:
         prompt, settings = request.prompt_token_ids, request.sampling

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -69,6 +69,10 @@ class VLLM:
         self._vocab_size = int(arms.read_model_config(config).get("vocab_size") or 0)
         self._at_exit = _close_at_exit(self)
         self._start(self._step_arm)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        arms.choose(options)
 
     # Requests and steps
 

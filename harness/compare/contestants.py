@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from engines.base import InputError
 from harness.config import Config
+from harness.engine_classes import check_options
 from harness.overrides import combinations
 
 GPU_SHARE = 0.9
@@ -57,7 +58,7 @@ def short_names(labels: Sequence[str]) -> dict[str, str]:
 def contestants(labels: Sequence[str], overrides: Sequence[str]) -> list[Contestant]:
     """The contestants of `labels` ("ENGINE" or "ENGINE:option=value:limits.name=value..."), all with `overrides`.
 
-    InputError: none, the same one twice, or what Hydra does not take.
+    InputError: none, the same one twice, or what Hydra or an engine does not take.
     """
     if not labels:
         raise InputError("engines names no engine, as in engines=[vllm,nano,fused].")
@@ -70,5 +71,7 @@ def contestants(labels: Sequence[str], overrides: Sequence[str]) -> list[Contest
     for label in labels:
         engine, *options = label.split(":")
         own = [o if o.startswith(_LIMITS) else f"++engine.options.{o}" for o in options]
-        found.append(Contestant(label, _config([f"engine={engine}", *common, *own])))
+        config = _config([f"engine={engine}", *common, *own])
+        check_options(config.engine)
+        found.append(Contestant(label, config))
     return found

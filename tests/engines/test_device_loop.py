@@ -14,6 +14,7 @@ from engines.fused import LLM
 from engines.fused.decode import Graphs
 from engines.fused.features import fallbacks
 from engines.fused.state import STAGES, DecodeState, Flight
+from engines.nano.graphs import BATCH_SIZES, graph_sizes
 from engines.nano.sequence import Sequence
 from kernels.decode_attention_launch import SHORT_CONTEXT
 from tests.engines import reference
@@ -264,6 +265,17 @@ def test_every_step_starts_from_the_embeddings_of_its_tokens(prompts):
     assert llm.notes["preemptions"] > 0 and set(seen) == {1, 2, 3}
 
 
+@pytest.mark.parametrize(("max_rows", "sizes"), [
+    (1, [1]),
+    (5, [1, 2, 4, 5]),
+    (16, [1, 2, 4, 8, 16]),
+    (512, list(BATCH_SIZES)),
+    (1000, list(BATCH_SIZES)),  # larger steps run without a graph
+])  # fmt: skip
+def test_sizes_end_with_the_most_rows_that_can_run(max_rows, sizes):
+    assert graph_sizes(max_rows) == sizes
+
+
 def test_steps_of_short_contexts_may_have_graphs_of_their_own():
     """By the size that a step is padded to and by the longest context; without them, all steps are the others'."""
 
@@ -291,8 +303,8 @@ def test_short_contexts_have_graphs_where_their_launch_is_another(features, long
     runner = engine(options={"features": features} if features else {}).runner
     runner.max_model_len = longest
     seen: list[list[int]] = []
-    monkeypatch.setattr("engines.fused.runner.Graphs", lambda *_: SimpleNamespace(pool=None, sizes=[1, 2, 4]))
-    monkeypatch.setattr("engines.fused.runner.DecodeGraphs", lambda *given: seen.append(given[-1]))
+    monkeypatch.setattr("engines.fused.runner.Graphs", lambda *_: SimpleNamespace(pool=None))
+    monkeypatch.setattr("engines.fused.runner.DecodeGraphs", lambda _step, _clear, sizes, _pool: seen.append(sizes))
     monkeypatch.setattr("engines.fused.runner.has_short_launch", lambda rows, *shape: rows in (1, 4))
     runner._capture()
     assert seen == ([] if captured is None else [captured])

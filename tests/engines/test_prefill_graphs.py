@@ -203,7 +203,7 @@ def test_steps_of_a_budget_of_one_token_are_padded(monkeypatch):
     """One token in one row would be a decode step to attention."""
     runner = Fused(reference.config(max_num_batched_tokens=1)).runner
     captured = []
-    monkeypatch.setattr("engines.fused.runner.Graphs", lambda *_: SimpleNamespace(pool=None, sizes=[]))
+    monkeypatch.setattr("engines.fused.runner.Graphs", lambda *_: SimpleNamespace(pool=None))
     monkeypatch.setattr(
         "engines.fused.runner.PrefillGraphs", lambda _model, _draw, buffers, **_: captured.append(buffers)
     )

@@ -15,9 +15,9 @@ import torch
 from engines.base import WHOLE_LAYER, EngineConfig, Site
 from harness import tables
 from harness.config import compose
+from harness.engine_classes import start_engine
 from harness.instruments.events import GraphEventProbe
 from harness.passes import ShapeSteps
-from harness.runner import start_engine
 from harness.weights import resolve
 from harness.workloads import Prompts, Shape
 

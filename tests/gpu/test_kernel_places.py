@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from engines.base import WHOLE_LAYER, Site
 from harness.attribution import attribute
 from harness.config import compose
+from harness.engine_classes import start_engine
 from harness.instruments.kernels import KernelProbe, KernelSample, read
 from harness.limits import Work, device_of, engine_config
 from harness.passes import ShapeSteps
-from harness.runner import start_engine
 from harness.weights import resolve
 from harness.workloads import Prompts, Shape
 

@@ -13,9 +13,9 @@ import torch
 
 from engines.base import EngineConfig
 from harness.config import compose
+from harness.engine_classes import start_engine
 from harness.passes import ShapeSteps
 from harness.rounds import Blocks, Item
-from harness.runner import start_engine
 from harness.weights import resolve
 from harness.workloads import Call, Prompts, Shape
 

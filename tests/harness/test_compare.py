@@ -21,7 +21,7 @@ from scipy import stats
 
 from engines.base import InputError
 from harness.compare import comparison as comparison_module
-from harness.compare.__main__ import parse
+from harness.compare.__main__ import main, parse
 from harness.compare.comparison import Comparison, read
 from harness.compare.contestants import Contestant, contestants, folder_name, short_names
 from harness.compare.ratios import paired_ratio
@@ -118,6 +118,28 @@ def test_contestants_share_everything_but_their_own_options() -> None:
 def test_wrong_engines_are_a_sentence(labels, said) -> None:
     with pytest.raises(InputError, match=said):
         contestants(labels, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("fused:features=[nonsense]", "Feature 'nonsense' of engine fused is not known; known are device_loop"),
+        ("fused:features=5", "do not fit engine fused: 'int' object is not iterable"),
+        ("nano:blocksize=64", "no option 'blocksize'; did you mean block_size?"),
+        ("hf:block_size=64", "no option block_size"),
+        ("vllm:serve_arm=fast", "no serve_arm 'fast'"),
+        ("nano_vllm:block_size=64", "no option 'block_size'"),
+    ],
+)
+def test_an_option_that_an_engine_does_not_take_ends_all_before_any_starts(
+    label, said, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(comparison_module, "Worker", None)
+    monkeypatch.setattr(sys, "argv", ["compare", f"engines=[nano,{label}]", f"into={tmp_path / 'c'}", *SMALL])
+    assert main() == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_own_settings_are_told_from_overrides() -> None:
@@ -297,6 +319,17 @@ def test_the_others_finish_when_one_dies(died) -> None:
     assert row.cells["dies"].spread.rounds == 2
     assert "exit code 3" in row.cells["dies"].reason
     assert "exit code 3" in comparison.reasons["dies"]
+
+
+def test_the_others_are_measured_when_one_does_not_start(tmp_path) -> None:
+    (nano,) = contestants(["nano"], SMALL)
+    target = "tests.harness.launched_engines.Refuses"
+    refusing = Contestant("refuses", replace(nano.config, engine=replace(nano.config.engine, target=target)))
+    folder = tmp_path / "c"
+    comparison = Comparison([nano, refusing], "nano", num_rounds=1, launches=1, folder=folder, reporter=Reporter())
+    (row,) = comparison.run()
+    assert row.cells["nano"].spread.rounds == 1
+    assert comparison.reasons == {"refuses": "It cannot do this."} and row.cells["refuses"].spread is None
 
 
 def test_one_that_ends_between_its_turns_is_out_and_no_more(tmp_path) -> None:

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
 from engines.base import InputError
-from harness.__main__ import LAUNCHERS, check_launcher
+from harness.__main__ import LAUNCHERS, check_launcher, settle_sweep
 from harness.config import CONF_DIR
 from harness.gpus import gpu_count
 from harness.outcomes import BAD_INPUT, FAILED, INTERRUPTED, LOST, OK, Outcome, Session, collect
@@ -184,6 +185,18 @@ def test_after_an_interrupt_the_runs_that_never_started_did_not_fail(tmp_path: P
     Outcome(0, "a", INTERRUPTED).leave(tmp_path)
     found = collect(tmp_path, ["a", "b"])
     assert found == [Outcome(0, "a", INTERRUPTED)] and Session(found).exit_code == 130
+
+
+def test_a_cluster_that_is_not_there_is_a_sentence(monkeypatch) -> None:
+    def init(address: str, log_to_driver: bool) -> None:
+        raise ConnectionError("Could not find any running Ray instance. Please start one.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    monkeypatch.setattr("harness.__main__.check_launcher", lambda name: None)
+    monkeypatch.setattr("harness.__main__.SESSION", Session())
+    assert settle_sweep(["hydra/launcher=ray"])  # starts a Ray of its own, later
+    with pytest.raises(InputError, match=r"address=auto cannot be joined: Could not find any running Ray instance\.$"):
+        settle_sweep(["hydra/launcher=ray", "hydra.launcher.ray.init.address=auto"])
 
 
 def test_each_launcher_has_a_config_a_plugin_and_an_extra(monkeypatch) -> None:

@@ -285,6 +285,16 @@ def test_engines_get_the_same_arrivals(tmp_path: Path, capsys: pytest.CaptureFix
             assert f"{told['e2el_ms_p95']:.2f}" in shown
 
 
+def test_progress_goes_to_the_last_request_and_names_each(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    run(config("nano"), tmp_path, Reporter(Console(file=shown)))
+    served = [line for line in shown.getvalue().splitlines() if line.startswith("serving")]
+    for rate in (10, 100):
+        told = [line.partition(f"serving {rate}/s ")[2] for line in served if f" {rate}/s " in line]
+        assert [line.partition(": ")[0] for line in told] == [f"{done}/6" for done in range(1, 7)]
+        assert {line.partition(": ")[2] for line in told} == {f"request {name}" for name in range(1, 7)}
+
+
 def test_interrupted_it_keeps_what_it_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.hf import HF
 

@@ -143,6 +143,24 @@ def test_memory_that_was_hardly_read_is_not_flat():
         assert soak.record(config, 10_000, 0, ran, same)["passed"] is passed
 
 
+@pytest.mark.parametrize(("found", "ran", "reasons"), [
+    ({}, {}, []),
+    ({"equal_tokens": 0}, {}, ["no tokens were compared"]),
+    ({"differing": ["0"]}, {"free_blocks": (9, 8)}, ["tokens differ", "blocks are lost"]),
+    ({}, {"memory": []}, ["memory was not read often enough"]),
+    ({}, {"memory": [{"host_bytes": 0}, {"host_bytes": soak.GROWTH["host_bytes"]}]}, []),
+    ({}, {"memory": [{"host_bytes": 0}, {"host_bytes": soak.GROWTH["host_bytes"] + 1}]}, ["host_bytes grew"]),
+])  # fmt: skip
+def test_the_record_says_why_it_failed_and_so_does_the_terminal(found, ran, reasons, capsys):
+    good = soak.Outcome({"0": [7]}, 5, 1.0, 0, (9, 9), [{"host_bytes": 7}] * 2)
+    made = soak.record(
+        soak.engine_config("cpu"), 1, 0, replace(good, **ran), replace(soak.Comparison(equal_tokens=1), **found)
+    )
+    soak.show(made)
+    assert (made["passed"], made["reasons"]) == (not reasons, reasons)
+    assert capsys.readouterr().out.splitlines()[-1] == (f"FAILED: {', '.join(reasons)}" if reasons else "passed")
+
+
 def test_growth_is_of_the_second_half_over_the_first():
     flat = [{"host_bytes": held} for held in (100, 900, 400, 500, 800, 850)]
     assert soak.growth(flat) == {"host_bytes": -50}
