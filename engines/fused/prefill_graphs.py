@@ -88,23 +88,12 @@ class PrefillBuffers:
 
     def fill(self, sequences: list[Sequence], block_size: int) -> Padded:
         """Write a step that `fits` to memory of the host."""
-        if self._copied is not None:
-            self._copied.synchronize()  # the step before is read by now, unless it failed
         size = self._size(sum(s.num_scheduled for s in sequences))
-        self.rows.write(self._host_rows, sequences, [len(s) - 1 for s in sequences])
-        to, rows = self._host_inputs[size], len(sequences)
-        tokens = write(sequences, block_size, to)
-        to.cu_seqlens_q[rows + 1 :] = tokens  # missing sequences are empty
-        to.cu_seqlens_k[:] = to.cu_seqlens_q  # the padding has no keys
-        to.cu_seqlens_q[-1] = size
-        to.seqlens_k[rows:] = to.last_tokens[rows:] = 0
-        # What a step of another size has left there can be no token and no position.
-        to.token_ids[tokens:] = to.positions[tokens:] = 0
-        to.slot_mapping[tokens:] = -1  # writes nothing
-        return Padded(size, rows)
+        self._write(size, sequences, block_size)
+        return Padded(size, len(sequences))
 
     def upload(self, size: int) -> None:
-        """Bring what was filled to the device."""
+        """Bring what was filled to the device. Captured steps do it themselves: the host launches less."""
         numbers, host = self._copies[size]
         numbers.copy_(host, non_blocking=True)
 
@@ -115,9 +104,9 @@ class PrefillBuffers:
 
     def clear(self, size: int) -> None:
         """Make it a step of no sequences, which draws nothing and reads and writes nothing of the cache."""
-        self.numbers.zero_()
-        self.rows.positions.fill_(-1)
-        views(self.numbers[self._start :], self._shapes(size)).slot_mapping.fill_(-1)
+        self._write(size, [], 1)
+        self.upload(size)
+        self.uploaded()
 
     def inputs(self, size: int, stream: Tensor | None = None) -> tuple[Tensor, Tensor, PrefillContext]:
         """Token ids [size], positions [size] and context, whose rows to draw from are [max_sequences]; their residual
@@ -128,6 +117,20 @@ class PrefillBuffers:
         )  # fmt: skip
         inputs[2].few, inputs[2].stream = size <= self.few, stream
         return inputs
+
+    def _write(self, size: int, sequences: list[Sequence], block_size: int) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()  # the step before is read by now, unless it failed
+        self.rows.write(self._host_rows, sequences, [len(s) - 1 for s in sequences])
+        to, rows = self._host_inputs[size], len(sequences)
+        tokens = write(sequences, block_size, to)
+        to.cu_seqlens_q[rows + 1 :] = tokens  # missing sequences are empty
+        to.cu_seqlens_k[:] = to.cu_seqlens_q  # the padding has no keys
+        to.cu_seqlens_q[-1] = size
+        to.seqlens_k[rows:] = to.last_tokens[rows:] = 0
+        # What a step of another size has left there can be no token and no position.
+        to.token_ids[tokens:] = to.positions[tokens:] = 0
+        to.slot_mapping[tokens:] = -1  # writes nothing
 
     def _size(self, tokens: int) -> int:
         return self.sizes[bisect_left(self.sizes, tokens)]
@@ -146,8 +149,9 @@ class Padded:
 
 class PrefillGraphs:
     """The model's prefill step in two graphs that share one memory pool: `pool`, where other graphs have one that never
-    run beside these. One, for each size of `buffers`, is of embedding and layers. It leaves the residual stream of the
-    rows to draw from in `stream` [max_sequences, hidden], where the other goes on, for each number of rows: `draw`.
+    run beside these. One, for each size of `buffers`, is of the inputs' copy, embedding and layers. It leaves the
+    residual stream of the rows to draw from in `stream` [max_sequences, hidden], where the other goes on, for each
+    number of rows: `draw`.
     """
 
     def __init__(self, model: Decoder, draw: Draw, buffers: PrefillBuffers, pool: Any = None) -> None:
@@ -169,7 +173,6 @@ class PrefillGraphs:
 
     def run(self, step: Padded) -> Tensor:
         """Launch it; logits [sequences, vocab] of each sequence's last token, until the next step."""
-        self.buffers.upload(step.size)
         self.graphs[step.size].replay()
         self.buffers.uploaded()
         return self.ends.replay(step.rows)
@@ -181,6 +184,7 @@ class PrefillGraphs:
         run_layers(self.model, *inputs)  # compiles, loads modules and picks algorithms, none of which a capture may do
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):  # gives the memory of the run before back to the GPU first
+            self.buffers.upload(size)
             run_layers(self.model, *inputs)
         self.graphs[size] = graph
 

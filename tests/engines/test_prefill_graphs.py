@@ -261,6 +261,7 @@ class LaunchedGraphs(PrefillGraphs):
 
     def launch(self, size):
         self.sizes.append(size)
+        self.buffers.upload(size)
         run_layers(self.model, *self.buffers.inputs(size, self.stream))
 
     def end(self, rows):
