@@ -141,7 +141,7 @@ def _attend(
     return total, norm, peak
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "max_blocks"])
 def paged_attention_kernel(
     q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, o, part_o, part_lse, tokens, max_blocks, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,

@@ -35,7 +35,7 @@ from kernels.decode_attention_launch import SHORT_CONTEXT, has_short_launch
 class FusedRunner(ModelRunner):
     """nano's, but that `launch` starts a decode step and leaves its tokens to be read later."""
 
-    small_steps = (1, 32, 64, 128, 256)  # of which each has another launch of attention
+    prompt_steps = (1, *(1 << n for n in range(5, 15)))  # each may have launches of its own, captured or not
 
     def __init__(self, config: EngineConfig, options: FusedOptions) -> None:
         self.options = options

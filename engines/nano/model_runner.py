@@ -37,8 +37,8 @@ CPU_CACHE_BYTES = 4 * 2**30
 class ModelRunner:
     """One model on one device, with its paged cache [2, layers, blocks, block_size, kv_heads, head_dim]."""
 
-    small_steps: tuple[int, ...] = (1,)
-    """Tokens of prompts that are run at the start, so that no request waits for a kernel to be compiled."""
+    prompt_steps: tuple[int, ...] = (1,)
+    """Tokens of steps of prompts that are run at the start, so that no request waits for a kernel to be compiled."""
 
     def __init__(
         self, config: EngineConfig, options: Options, prepare: Callable[[ModelRunner], None], rank: int = 0
@@ -206,24 +206,35 @@ class ModelRunner:
         return max(1, min(self.config.max_num_seqs * self.max_blocks, CPU_CACHE_BYTES // block_bytes))
 
     def _warm_up(self) -> int:
-        """Run the largest steps once, and small ones so that everything is compiled; returns the bytes they took
-        for as long as they ran."""
+        """Run the largest steps once, and others so that everything is compiled; returns the bytes they took for as
+        long as they ran."""
         length = min(self.max_model_len, self.config.max_num_batched_tokens)
-        count = max(1, min(self.config.max_num_batched_tokens // length, self.config.max_num_seqs))
         self._bind_cache(-(-length // self.block_size))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         greedy, hot = SamplingParams(temperature=0.0), SamplingParams()
         everything = SamplingParams(top_k=1, top_p=0.5)  # sorts the whole vocabulary
-        small = ((1, min(tokens, length)) for tokens in self.small_steps)
-        for sequences, tokens in ((count, length), (min(2, count), min(8, length)), *small):
+        for sequences, tokens in self._prompts_to_warm_up(length):
             for sampling in (greedy, hot):
                 self.run([self._warm_up_sequence(tokens, 0, sampling)] * sequences, is_prefill=True)
+            if tokens > 1:  # as chunks of prompts whose beginnings are in the cache, which other kernels may compute
+                self.run([self._warm_up_sequence(tokens, 1, greedy)] * sequences, is_prefill=True)
         for sampling in (hot, everything):
             self.run([self._warm_up_sequence(length, length - 1, sampling)] * self.config.max_num_seqs, False)
         most = torch.cuda.max_memory_reserved() - self.cache.nbytes
         self._unbind_cache()
         return most - torch.cuda.memory_reserved()
+
+    def _prompts_to_warm_up(self, length: int) -> list[tuple[int, int]]:
+        """(sequences, tokens of each, up to `length`) of steps: the largest, one of several short ones, others."""
+        budget, most = self.config.max_num_batched_tokens, self.config.max_num_seqs
+        several = min(8, most, budget)
+        steps = [(max(1, min(budget // length, most)), length), (several, min(8, length, budget // several))]
+        for tokens in (min(tokens, budget) for tokens in self.prompt_steps):
+            sequences = -(-tokens // length)
+            if sequences <= most:
+                steps.append((sequences, tokens // sequences))
+        return list(dict.fromkeys(steps))
 
     def _memory_with_graphs(self) -> Memory:
         """What the GPU's memory looks like with all there but the cache: decode graphs are captured once to see it."""

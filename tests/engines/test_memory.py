@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engines.fused import LLM as Fused
 from engines.nano import LLM
 from engines.nano.utils import memory
 from engines.nano.utils.memory import Memory
@@ -93,5 +94,15 @@ def test_warm_up_runs_the_largest_steps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 600 * 2**20)
     assert runner._warm_up() == 400 * 2**20 - cache_bytes[0]
     assert (True, 3, 288, 96) in steps  # the largest prefill: 300 tokens hold three whole prompts
+    assert (True, 3, 285, 96) in steps  # and as chunks, of which something is in the cache
+    assert (True, 7, 56, 8) in steps  # several short prompts
     assert (False, 7, 7, 96) in steps  # the largest decode
     assert all(holder.k_cache.numel() == 0 for holder in runner.model.caches())
+
+
+def test_prompts_of_all_sizes_run_at_the_start():
+    """Launches are chosen for all numbers of tokens up to a power of two."""
+    runner = Fused(reference.config(max_model_len=64, max_num_seqs=7, max_num_batched_tokens=300)).runner
+    steps = runner._prompts_to_warm_up(64)
+    assert {1, 32, 64, 128, 256, 512} <= {1 << (sequences * tokens - 1).bit_length() for sequences, tokens in steps}
+    assert all(sequences <= 7 and tokens <= 64 and sequences * tokens <= 300 for sequences, tokens in steps)
