@@ -11,6 +11,7 @@ from kernels._fusion import Fusion
 from kernels._triton import HAVE_TRITON, INTERPRETED, runs_triton, use
 from kernels.causal_attention import FUSION as _CAUSAL_ATTENTION
 from kernels.causal_attention import causal_attention
+from kernels.compile_ahead import compiled_ahead
 from kernels.decode_attention import FUSION as _DECODE_ATTENTION
 from kernels.decode_attention import decode_attention
 from kernels.decode_head import FUSION as _DECODE_HEAD
@@ -68,6 +69,7 @@ __all__ = [
     "can_depend",
     "causal_attention",
     "choose_token",
+    "compiled_ahead",
     "decode_attention",
     "decode_head",
     "decode_linear",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +23,7 @@ from engines.fused.prefill_graphs import (
     PrefillBuffers,
     PrefillGraphs,
     most_padded,
+    run_layers,
     token_sizes,
 )
 from engines.fused.state import DecodeState, Flight, Rows
@@ -151,27 +154,73 @@ class FusedRunner(ModelRunner):
         host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 
+    def _warm_up(self) -> int:
+        with self._two_layers(), kernels.compiled_ahead():
+            super()._warm_up()
+            if not self.no_graphs:
+                self._bind_cache(1)
+                self._launch_captured()
+                self._unbind_cache()
+        self.state.stream.zero_()  # its kernels did not run, others' did: it may hold anything
+        self.state.clear()
+        return super()._warm_up()
+
+    @contextmanager
+    def _two_layers(self) -> Iterator[None]:
+        """The model cut down to its first and its last layer: the others launch the kernels of the first."""
+        layers = self.model.model.layers
+        self.model.model.layers = nn.ModuleList({id(layer): layer for layer in (layers[0], layers[-1])}.values())
+        try:
+            yield
+        finally:
+            self.model.model.layers = layers
+
+    @torch.inference_mode()
+    def _launch_captured(self) -> None:
+        """Once all that `_capture` captures."""
+        sizes, short = self._decode_sizes()
+        for rows in sizes:
+            self.step(rows, self.max_model_len)
+        for rows in short:
+            self.step(rows, SHORT_CONTEXT)
+        if (buffers := self._prefill_buffers()) is not None:
+            stream = self.state.stream.new_zeros(buffers.max_sequences, self.model_config.hidden_size)
+            for size in buffers.sizes:
+                buffers.clear(size)
+                run_layers(self.model, *buffers.inputs(size, stream))
+            for rows in graph_sizes(buffers.max_sequences):
+                self.step.draw(stream[:rows], buffers.rows)
+
     def _capture(self) -> Graphs:
-        sizes = graph_sizes(self.config.max_num_seqs)
+        sizes, short = self._decode_sizes()
         graphs = Graphs(lambda rows: self.step(rows, self.max_model_len), self.state.clear, sizes)
-        c = self.model_config
-        heads = c.num_heads, c.num_kv_heads, c.head_dim, self.state.stream.element_size(), self.device
-        short = [rows for rows in sizes if has_short_launch(rows, *heads)]
-        if "attention" in self.features and short and self.max_model_len > SHORT_CONTEXT:
+        if short:
             graphs.short = DecodeGraphs(
                 lambda rows: self.step(rows, SHORT_CONTEXT), self.state.clear, short, graphs.pool
             )
-        if "prefill_graphs" in self.features and not self.watched:
-            # A step of one token alone is no prefill to attention: it is padded.
-            most = most_padded(sum(w.numel() for w in self.model.layers[0].plain.parameters() if w.dim() == 2))
-            tokens = token_sizes(max(2, self.config.max_num_batched_tokens), most)
-            sequences = min(MAX_SEQUENCES, self.config.max_num_seqs)
-            buffers = PrefillBuffers(
-                tokens, sequences, self.max_blocks, self.device, "dependent" in self.features,
-                FEW_TOKENS if "prefill_products" in self.features else 0, most,
-            )  # fmt: skip
+        if not self.watched and (buffers := self._prefill_buffers()) is not None:
             graphs.prefill = PrefillGraphs(self.model, self.step.draw, buffers, pool=graphs.pool)
         return graphs
+
+    def _decode_sizes(self) -> tuple[list[int], list[int]]:
+        """Numbers of rows whose decode steps are captured; and those that are once more, for short contexts."""
+        sizes, c = graph_sizes(self.config.max_num_seqs), self.model_config
+        if "attention" not in self.features or self.max_model_len <= SHORT_CONTEXT:
+            return sizes, []
+        heads = c.num_heads, c.num_kv_heads, c.head_dim, self.state.stream.element_size(), self.device
+        return sizes, [rows for rows in sizes if has_short_launch(rows, *heads)]
+
+    def _prefill_buffers(self) -> PrefillBuffers | None:
+        """Those of captured prefills; None: there are none."""
+        if "prefill_graphs" not in self.features:
+            return None
+        # A step of one token alone is no prefill to attention: it is padded.
+        most = most_padded(sum(w.numel() for w in self.model.layers[0].plain.parameters() if w.dim() == 2))
+        return PrefillBuffers(
+            token_sizes(max(2, self.config.max_num_batched_tokens), most), min(MAX_SEQUENCES, self.config.max_num_seqs),
+            self.max_blocks, self.device, "dependent" in self.features,
+            FEW_TOKENS if "prefill_products" in self.features else 0, most,
+        )  # fmt: skip
 
     def host_phases(self) -> HostPhases:
         return {

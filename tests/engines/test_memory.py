@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from engines.fused import LLM as Fused
+from engines.fused.prefill_graphs import PrefillGraphs
 from engines.nano import LLM
+from engines.nano.graphs import DecodeGraphs
 from engines.nano.utils import memory
 from engines.nano.utils.memory import Memory
 from tests.engines import reference
@@ -106,3 +108,43 @@ def test_prompts_of_all_sizes_run_at_the_start():
     steps = runner._prompts_to_warm_up(64)
     assert {1, 32, 64, 128, 256, 512} <= {1 << (sequences * tokens - 1).bit_length() for sequences, tokens in steps}
     assert all(sequences <= 7 and tokens <= 64 and sequences * tokens <= 300 for sequences, tokens in steps)
+
+
+class Launches(list):
+    """Of a fused runner, in place of its step."""
+
+    def __call__(self, rows, longest):
+        self.append(("decode", rows, longest))
+
+    def draw(self, stream, _rows):
+        self.append(("draw", len(stream)))
+
+    def prefill(self, _model, token_ids, *_):
+        self.append(("prefill", len(token_ids)))
+
+
+def test_all_that_is_captured_is_compiled_ahead(monkeypatch):
+    runner = Fused(reference.config(max_model_len=600, max_num_seqs=20, max_num_batched_tokens=300)).runner
+    runner.features |= {"prefill_graphs"}  # as on a GPU
+    launches = runner.step = Launches()
+    monkeypatch.setattr("engines.fused.runner.run_layers", launches.prefill)
+    monkeypatch.setattr("engines.fused.runner.has_short_launch", lambda rows, *_: rows in (1, 16))
+    runner._launch_captured()
+    ahead = set(launches)
+    launches.clear()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(DecodeGraphs, "_capture", lambda _self, step, _clear, rows: step(rows))
+    monkeypatch.setattr(PrefillGraphs, "_capture", lambda _self, size, _pool: launches.append(("prefill", size)))
+    runner._capture()
+    assert set(launches) == ahead
+    decodes = {("decode", rows, 600) for rows in (1, 2, 4, 8, 16, 20)} | {("decode", rows, 512) for rows in (1, 16)}
+    prefills = {("prefill", size) for size in (16, 32, 64, 128, 256, 300)}
+    assert ahead == decodes | prefills | {("draw", rows) for rows in (1, 2, 4, 8, 16, 20)}
+
+
+def test_two_layers_launch_what_all_do():
+    runner = Fused(reference.config()).runner
+    layers = list(runner.model.layers)
+    with runner._two_layers():
+        assert runner.model.layers == [layers[0], layers[-1]]
+    assert runner.model.layers == layers

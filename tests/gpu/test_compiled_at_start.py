@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,8 +29,16 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
         resolve(conf.model, "random", 0).path, max_model_len=2048, max_num_seqs=128, max_num_batched_tokens=8192,
         gpu_memory_utilization=0.1, kv_cache_tokens=65536, prefix_caching=True,
     )  # fmt: skip
-    started = start_engine(conf.engine.target, config)
-    yield started
+    alone: list[str] = []  # compiled where the engine waited for nothing else meanwhile
+
+    def note(**kernel: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            alone.append(kernel["repr"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+        started = start_engine(conf.engine.target, config)
+    yield started, alone
     started.close()
 
 
@@ -42,7 +51,13 @@ def requests_of(lengths: list[int], draw: random.Random) -> list[Request]:
     ]
 
 
+def test_kernels_are_compiled_together(engine: Any) -> None:
+    started, alone = engine
+    assert started.name == "nano" or alone == []
+
+
 def test_nothing_is_compiled_for_requests(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, _ = engine
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kernel: compiled.append(kernel["repr"]))
     graphs = counters["stats"]["unique_graphs"]
@@ -52,8 +67,8 @@ def test_nothing_is_compiled_for_requests(engine: Any, monkeypatch: pytest.Monke
     calls += [[draw.randint(50, 1500) for _ in range(count)] for count in (9, 40)]  # and these are cut
     for lengths in calls:
         requests = requests_of(lengths, draw)
-        engine.serve(requests)
+        started.serve(requests)
         again = [Request(f"{r.request_id} again", r.prompt_token_ids, r.sampling) for r in requests]
-        engine.serve(again)  # their first blocks are in the cache
+        started.serve(again)  # their first blocks are in the cache
     assert compiled == []
     assert counters["stats"]["unique_graphs"] == graphs
