@@ -41,7 +41,7 @@ def compiled_ahead() -> Iterator[None]:
     finally:
         runtime.jit_cache_hook, kernel.run = before, run
     # Most of a compilation is done without Python's lock. `preload` gives the kernels to the next launches too.
-    with ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0)))) as threads:
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         list(threads.map(_compile, wanted.values(), wanted))
 
 
