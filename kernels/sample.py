@@ -189,7 +189,7 @@ def _choose_token_name(specialization: Any) -> str:
     return "choose_token_embed_kernel" if specialization.constants["HIDDEN"] else "choose_token_kernel"
 
 
-@triton.jit(repr=_choose_token_name, do_not_specialize=["max_rows"])
+@triton.jit(repr=_choose_token_name, do_not_specialize=["slots", "max_rows"])
 def choose_token_kernel(
     logits, tile_max, tile_sum, temperatures, seeds, positions, tokens, ring, steps, table, stream, vocab, tiles, slots,
     max_rows, TILE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, HIDDEN: tl.constexpr,

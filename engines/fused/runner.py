@@ -155,15 +155,19 @@ class FusedRunner(ModelRunner):
         return host.to(self.device, non_blocking=True)
 
     def _warm_up(self) -> int:
+        if self.kernels == "triton":
+            self._compile_ahead()
+        return super()._warm_up()
+
+    def _compile_ahead(self) -> None:
+        """Compile what steps will launch, all at once."""
         with self._two_layers(), kernels.compiled_ahead():
             super()._warm_up()
-            if not self.no_graphs:
-                self._bind_cache(1)
-                self._launch_captured()
-                self._unbind_cache()
+            self._bind_cache(1)
+            self._launch_captured()
+            self._unbind_cache()
         self.state.stream.zero_()  # its kernels did not run, others' did: it may hold anything
         self.state.clear()
-        return super()._warm_up()
 
     @contextmanager
     def _two_layers(self) -> Iterator[None]:
@@ -177,7 +181,8 @@ class FusedRunner(ModelRunner):
 
     @torch.inference_mode()
     def _launch_captured(self) -> None:
-        """Once all that `_capture` captures."""
+        """Once all that `_capture` captures, as steps of no sequences; it is as much if nothing will be captured."""
+        self.state.clear()
         sizes, short = self._decode_sizes()
         for rows in sizes:
             self.step(rows, self.max_model_len)

@@ -215,7 +215,7 @@ class ModelRunner:
         greedy, hot = SamplingParams(temperature=0.0), SamplingParams()
         everything = SamplingParams(top_k=1, top_p=0.5)  # sorts the whole vocabulary
         for sequences, tokens in self._prompts_to_warm_up(length):
-            for sampling in (greedy, hot):
+            for sampling in (greedy, hot, everything):
                 self.run([self._warm_up_sequence(tokens, 0, sampling)] * sequences, is_prefill=True)
             if tokens > 1:  # as chunks of prompts whose beginnings are in the cache, which other kernels may compute
                 self.run([self._warm_up_sequence(tokens, 1, greedy)] * sequences, is_prefill=True)

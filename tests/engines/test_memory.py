@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engines.base import SamplingParams
 from engines.fused import LLM as Fused
 from engines.fused.prefill_graphs import PrefillGraphs
 from engines.nano import LLM
@@ -142,7 +143,17 @@ def test_all_that_is_captured_is_compiled_ahead(monkeypatch):
     assert ahead == decodes | prefills | {("draw", rows) for rows in (1, 2, 4, 8, 16, 20)}
 
 
-def test_two_layers_launch_what_all_do():
+def test_steps_compiled_ahead_have_no_contexts():
+    """The cache is a single block then, and steps before have left rows that reach beyond it."""
+    runner = Fused(reference.config(max_model_len=64, options={"features": ["-attention"]})).runner
+    runner._bind_cache(4)
+    runner.run([runner._warm_up_sequence(60, 59, SamplingParams())] * 2, False)
+    runner._bind_cache(1)
+    runner._launch_captured()
+    assert runner.state.positions.max() < 0
+
+
+def test_two_layers_are_the_first_and_the_last():
     runner = Fused(reference.config()).runner
     layers = list(runner.model.layers)
     with runner._two_layers():
