@@ -214,9 +214,11 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats()
         greedy, hot = SamplingParams(temperature=0.0), SamplingParams()
         everything = SamplingParams(top_k=1, top_p=0.5)  # sorts the whole vocabulary
+        drawn: set[int] = set()  # for how many sequences; drawing does not depend on their tokens
         for sequences, tokens in self._prompts_to_warm_up(length):
-            for sampling in (greedy, hot, everything):
+            for sampling in (greedy,) if sequences in drawn else (greedy, hot, everything):
                 self.run([self._warm_up_sequence(tokens, 0, sampling)] * sequences, is_prefill=True)
+            drawn.add(sequences)
             if tokens > 1:  # as chunks of prompts whose beginnings are in the cache, which other kernels may compute
                 self.run([self._warm_up_sequence(tokens, 1, greedy)] * sequences, is_prefill=True)
         for sampling in (hot, everything):
