@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import interpreter
+
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     threads = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
@@ -29,6 +31,9 @@ else:
     import kernels
 
     del os.environ["TRITON_INTERPRET"]
+
+if kernels.INTERPRETED:
+    interpreter.round_bfloat16()
 
 # The same examples in each run. Others: --hypothesis-profile=random, with --hypothesis-seed=N to have them again.
 settings.register_profile("fixed", deadline=None, derandomize=True)

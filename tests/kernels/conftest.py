@@ -13,8 +13,6 @@ from kernels import _rows
 from kernels._rows import empty_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-if kernels.INTERPRETED:
-    TOLERANCE[torch.bfloat16] = 2e-2  # the interpreter cuts bfloat16 off instead of rounding, twice the error
 DTYPES = tuple(TOLERANCE)
 
 

@@ -107,8 +107,8 @@ def test_chain_is_a_steps_layers(path, launches, halves, monkeypatch):
         stream = stream + attended @ weights["o"].T
         gate, up = (norm("gate_up") @ weights["gate_up"].T).chunk(2, dim=1)
         stream = stream + (torch.nn.functional.silu(gate) * up) @ weights["down"].T
-    # The interpreter cuts bfloat16 off where the GPU rounds: 2 % here. A norm left out is wrong by half.
-    assert relative_error(chain.hidden, stream) < 4e-2
+    # Some products are rounded on their way: 0.6 % here. A norm left out is wrong by half.
+    assert relative_error(chain.hidden, stream) < 2e-2
     with use(path):
         assert chain.time_us(launches) == 10.0
 
