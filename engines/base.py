@@ -238,10 +238,12 @@ def hook(modules: Iterable[tuple[Site, nn.Module]], probe: Probe) -> Callable[[]
 
 @runtime_checkable
 class Engine(Protocol):
-    """What the harness needs of an engine. Constructed with one `EngineConfig`.
+    """What the harness needs of an engine. Constructed with one `EngineConfig`; what is told meanwhile to the logger
+    `engines`, or one below it, is shown.
 
     `arm` names the variant that runs (an engine may have several: vLLM's `inproc`, `default`, ...); `notes` holds what
-    a reader of the results must know (attention backend, graph buckets, fallbacks with their reasons), JSON-ready.
+    a reader of the results must know (attention backend, graph buckets, fallbacks with their reasons, seconds of each
+    stage of the start), JSON-ready.
     """
 
     name: str

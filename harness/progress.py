@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,21 @@ class Reporter:
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
+    def relaying(self, name: str) -> Iterator[None]:
+        """Messages to the logger `name` and those below it, from level INFO on, a line each; nobody else gets them."""
+        logger, relay = logging.getLogger(name), _Relay(self)
+        before = logger.level, logger.propagate
+        logger.addHandler(relay)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(relay)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+
+    @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[str], None]]:
         """Gives a function to be called with the name of each item, when the item is done."""
         if self._console.is_terminal:
@@ -41,3 +57,12 @@ class Reporter:
                 self.say(f"{title} {done}/{total}: {item}")
 
         yield count
+
+
+class _Relay(logging.Handler):
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__()
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._reporter.say(f"  {record.getMessage()}")

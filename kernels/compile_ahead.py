@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,8 +14,9 @@ MOST_THREADS = 16
 
 
 @contextmanager
-def compiled_ahead() -> Iterator[None]:
-    """Kernels that are launched inside do not run, but are compiled by many threads when the block ends.
+def compiled_ahead(progress: Callable[[int, int], None] = lambda _done, _total: None) -> Iterator[None]:
+    """Kernels that are launched inside do not run, but are compiled by many threads when the block ends; `progress` is
+    called after each with their number so far and in all.
 
     What they would have written is left as it was: the block is for steps whose results nobody reads, and what else
     runs inside may compute with anything. Where nothing is compiled (Triton's interpreter, no Triton), it is run as it
@@ -42,7 +43,8 @@ def compiled_ahead() -> Iterator[None]:
         runtime.jit_cache_hook, kernel.run = before, run
     # Most of a compilation is done without Python's lock. `preload` gives the kernels to the next launches too.
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        list(threads.map(_compile, wanted.values(), wanted))
+        for done, _ in enumerate(threads.map(_compile, wanted.values(), wanted), 1):
+            progress(done, len(wanted))
 
 
 def _compile(function: Any, specialization: str) -> None:

@@ -6,7 +6,8 @@
 Runs `python -m harness` twice, each time a single short shape, with the caches of Triton and of torch's compiler in a
 new folder: the first start finds them empty, the second finds what the first has left. What counts is `engine_start` in
 their run.json: importing the engine, loading weights, sizing the cache, compiling, capturing graphs; not Python's own
-start, torch's import or making random weights. What follows `--` are overrides of the harness.
+start, torch's import or making random weights. Of the engine's own stages each has its seconds. What follows `--` are
+overrides of the harness.
 
 --caches keeps the caches, in `triton_cache_dir` and `torchinductor_cache_dir` of a folder that must be new: what a cold
 start has compiled need not be compiled again by whatever runs next.
@@ -72,6 +73,7 @@ def record(engine: str, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         "limits": first["limits"],
         "graphs": len(first["notes"].get("graph_batch_sizes", [])),
         "start_s": {name: run["phases_s"]["engine_start"] for name, run in runs.items()},
+        "stages_s": {name: run["notes"].get("start_s", {}) for name, run in runs.items()},
         "goal_s": GOAL_S,
     }
 

@@ -154,15 +154,11 @@ class FusedRunner(ModelRunner):
         host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
 
-    def _warm_up(self) -> int:
-        if self.kernels == "triton":
-            self._compile_ahead()
-        return super()._warm_up()
-
     def _compile_ahead(self) -> None:
-        """Compile what steps will launch, all at once."""
-        with self._two_layers(), kernels.compiled_ahead():
-            super()._warm_up()
+        if self.kernels != "triton":
+            return
+        with self.stages("compile kernels"), self._two_layers(), kernels.compiled_ahead(self.stages.progress):
+            self._warm_up()
             self._bind_cache(1)
             self._launch_captured()
             self._unbind_cache()

@@ -122,6 +122,7 @@ class LLM(OfflineCalls):
             "block_size": self.options.block_size,
             "graph_batch_sizes": graphs.sizes if graphs else [],
             "preemptions": self.scheduler.num_preemptions,
+            "start_s": self.runner.stages.seconds,
             "notices": [NO_TRITON] if self.config.device == "cuda" and not kernels.HAVE_TRITON else [],
         }
 

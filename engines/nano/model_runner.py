@@ -22,14 +22,16 @@ from engines.base import (
     hook,
 )
 from engines.nano.graphs import DecodeBuffers, DecodeGraphs, graph_sizes, why_no_graphs
-from engines.nano.layers.attention import choose_backend
+from engines.nano.layers.attention import Backend, choose_backend
 from engines.nano.layers.sampler import Sampler, SamplingBatch
 from engines.nano.models import Decoder, read_model
+from engines.nano.models.decoder import Family
 from engines.nano.options import Options
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
 from engines.nano.utils.loader import load_weights
 from engines.nano.utils.memory import Memory, untracked
+from engines.nano.utils.stages import Stages
 
 CPU_CACHE_BYTES = 4 * 2**30
 
@@ -55,15 +57,9 @@ class ModelRunner:
         self.share = self.model_config.share(rank, self.ranks)
         self.max_model_len = self._check_length(config.max_model_len)
         self.backend_name, backend = choose_backend(options.attention_backend, self.device, self.dtype)
-        with torch.device(self.device):
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(self.dtype)
-            try:
-                self.model = Decoder(self.share, family, self.max_model_len, backend)
-            finally:
-                torch.set_default_dtype(default)
-        load_weights(self.model, Path(config.checkpoint), rank, self.ranks)
-        self.model.eval().requires_grad_(False)
+        self.stages = Stages()
+        with self.stages("load weights"):
+            self.model = self._load(family, backend)
         prepare(self)  # an engine with layers of its own puts them in here
         self.sampler = Sampler()
         self.kept_logits: Tensor | None = None
@@ -77,7 +73,8 @@ class ModelRunner:
         self._meet()
         self.num_blocks = self._allocate_cache()
         if not self.no_graphs:
-            self.graphs = self._capture()
+            with self.stages("capture graphs"):
+                self.graphs = self._capture()
 
     @property
     def sites(self) -> list[tuple[Site, torch.nn.Module]]:
@@ -134,6 +131,17 @@ class ModelRunner:
         for name in ("model", "buffers", "cache", "sampler"):
             if hasattr(self, name):
                 delattr(self, name)
+
+    def _load(self, family: Family, backend: Backend) -> Decoder:
+        with torch.device(self.device):
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(self.dtype)
+            try:
+                model = Decoder(self.share, family, self.max_model_len, backend)
+            finally:
+                torch.set_default_dtype(default)
+        load_weights(model, Path(self.config.checkpoint), self.rank, self.ranks)
+        return model.eval().requires_grad_(False)
 
     def _make_buffers(self) -> Any:
         return DecodeBuffers(self.config.max_num_seqs, self.max_blocks, self.max_model_len, self.device)
@@ -195,8 +203,11 @@ class ModelRunner:
 
     def _fit_cache(self) -> int:
         """How many blocks the cache may have."""
-        on_gpu = self.device.type == "cuda"
-        step_bytes = self._warm_up() if on_gpu else 0
+        on_gpu, step_bytes = self.device.type == "cuda", 0
+        if on_gpu:
+            self._compile_ahead()
+            with self.stages("run steps of all kinds"):
+                step_bytes = self._warm_up()
         if self.config.kv_cache_tokens is not None:
             return self.config.kv_cache_tokens // self.block_size
         block_bytes = self._token_bytes * self.block_size
@@ -204,6 +215,9 @@ class ModelRunner:
             memory = self._memory_with_graphs()
             return memory.cache_blocks(step_bytes, self.config.gpu_memory_utilization, block_bytes)
         return max(1, min(self.config.max_num_seqs * self.max_blocks, CPU_CACHE_BYTES // block_bytes))
+
+    def _compile_ahead(self) -> None:
+        """Called before anything runs: where what steps launch could be compiled all at once."""
 
     def _warm_up(self) -> int:
         """Run the largest steps once, and others so that everything is compiled; returns the bytes they took for as
@@ -241,7 +255,8 @@ class ModelRunner:
     def _memory_with_graphs(self) -> Memory:
         """What the GPU's memory looks like with all there but the cache: decode graphs are captured once to see it."""
         self._bind_cache(1)
-        graphs = None if self.no_graphs else self._capture()
+        with self.stages("capture graphs to see what memory they take"):
+            graphs = None if self.no_graphs else self._capture()
         memory = Memory.now(self.untracked_at_start)
         del graphs
         self._unbind_cache()

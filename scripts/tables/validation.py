@@ -111,17 +111,23 @@ def soak(file: str = f"{REFERENCE}/soak.json") -> str:
 
 @table("startup")
 def startup(file: str = f"{REFERENCE}/startup.json") -> str:
-    """Of scripts/startup.py: seconds of the first start and of the next."""
+    """Of scripts/startup.py: seconds of the first start and of the next, and what they were spent on."""
     made = _read(file)
     if made is None:
         return "Not measured yet (`scripts/startup.py`)."
-    rows = [[name, f"{s:.1f}", f"{made['goal_s'][name]:.0f}"] for name, s in made["start_s"].items()]
+    totals, goals, rows = made["start_s"], made["goal_s"], []
+    if stages := made.get("stages_s"):  # older files have none
+        rows = [[stage, *(f"{stages[name][stage]:.1f}" for name in totals)] for stage in stages["cold"]]
+        rest = (f"{total - sum(stages[name].values()):.1f}" for name, total in totals.items())
+        rows.append(["the rest: imports, CUDA's own start", *rest])
+    rows.append(["**in all**", *(f"{total:.1f}" for total in totals.values())])
+    rows.append(["goal", *(f"{goals[name]:.0f}" for name in totals)])
     source = (
         f"{made['device']}, {made['engine']}, {made['model']}, {made['limits']['max_num_seqs']} sequences, "
-        f"{made['graphs']} decode graphs; one start each. Cold: the caches of compiled kernels are empty. "
+        f"{made['graphs']} decode graphs; one start each, in seconds. Cold: the caches of compiled kernels are empty. "
         f"File: `{file}`."
     )
-    return "\n\n".join([markdown(["start", "s", "goal, s"], rows, left=1), source])
+    return "\n\n".join([markdown(["", *totals], rows, left=1), source])
 
 
 @table("memcheck")

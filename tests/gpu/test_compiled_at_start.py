@@ -55,8 +55,14 @@ def requests_of(lengths: list[int], draw: random.Random) -> list[Request]:
 
 @pytest.mark.parametrize("engine", ["fused"], indirect=True)
 def test_kernels_are_compiled_together(engine: Any) -> None:
-    _, alone = engine
+    started, alone = engine
     assert alone == []
+    stages = started.notes["start_s"]
+    assert list(stages) == [
+        "load weights", "compile kernels", "run steps of all kinds", "capture graphs to see what memory they take",
+        "capture graphs",
+    ]  # fmt: skip
+    assert min(stages.values()) > 0
 
 
 def test_nothing_is_compiled_for_requests(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

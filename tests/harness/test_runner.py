@@ -165,6 +165,17 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == shown
 
 
+def test_what_a_start_does_is_said_and_timed(tmp_path):
+    said = io.StringIO()
+    record = run(config("engine=nano", "verify=false"), tmp_path / "run", Reporter(Console(file=said)))
+    lines = said.getvalue().splitlines()
+    begun = lines.index("Starting nano on cpu, float32")
+    took = record["phases_s"]["engine_start"]
+    assert "  load weights" in lines[begun:] and f"Ready after {took:.1f} s" in lines[begun:]
+    assert list(record["notes"]["start_s"]) == ["load weights"]  # what needs a GPU is not done without one
+    assert 0 < record["notes"]["start_s"]["load weights"] < took
+
+
 def test_passes_come_in_order_and_undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Scripted()
     monkeypatch.setattr(measurement, "GraphEventProbe", HostProbe)

@@ -31,8 +31,8 @@ threads = []
 triton.knobs.runtime.jit_post_compile_hook = lambda **_: threads.append(threading.current_thread().name)
 x, y = torch.ones(1, 32), torch.full((1, 16), 7.0)
 known = lambda: len(kernel.device_caches[0][0])
-told = {}
-with kernels.compiled_ahead():
+told = {"progress": []}
+with kernels.compiled_ahead(lambda *of: told["progress"].append(of)):
     for block in (16, 32, 16):
         kernel[(1,)](x, y, 16, BLOCK=block, DEPENDENT=False, num_warps=1)
     kernel[(1,)](x, y, 16, BLOCK=16, DEPENDENT="nothing that it can be compiled for", num_warps=1)
@@ -57,6 +57,7 @@ def test_compiled_by_threads(tmp_path: Path) -> None:
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout.splitlines()[-1]) == {
+        "progress": [[1, 3], [2, 3], [3, 3]],
         "inside": 0, "after": 2, "apart": 2, "again": 2, "written": False, "as before": "MainThread",
     }  # fmt: skip
 
