@@ -24,9 +24,10 @@ from engines.base import InputError
 from harness.report import ablation, latency, layers, ops, serving, style
 from harness.report.data import Data, Shape
 from harness.report.plots import by_itself, inline
+from scripts.tables import ops as op_tables
 from scripts.tables import studies
 from scripts.tables.comparison import COMPARISON
-from scripts.tables.sources import REFERENCE, runs, runs_of_all_models
+from scripts.tables.sources import REFERENCE, runs
 
 IMAGES = ROOT / "docs" / "images"
 ENGINES = ("vllm", "nano", "fused")
@@ -57,7 +58,7 @@ def feature_costs() -> Figure:
 
 def op_study() -> Figure:
     """RMSNorm and the linear layer after it over rows, all products of the study."""
-    data = Data.read(*op_studies())
+    data = Data.read(*studied())
     weights = ops.medians(data).groupby(ops.KEYS)
     of = {run["run_id"]: run for run in data.runs.runs}
     return ops.drawn(
@@ -76,9 +77,9 @@ def latency_over_rate() -> Figure:
     return serving.curves([(entry, entry.run["serving"]) for entry in setting.entries])
 
 
-def op_studies() -> list[Path]:
-    """Folders of the committed op studies, which may be of the shapes of several models."""
-    return [Path(run["run_dir"]) for run in runs_of_all_models(REFERENCE).runs if run.get("study")]
+def studied() -> list[Path]:
+    """Folders of the committed op studies of one model's shapes."""
+    return [Path(run["run_dir"]) for run in op_tables.committed(REFERENCE) if not op_tables.several_models(run)]
 
 
 def arrivals() -> list[Path]:
@@ -90,7 +91,7 @@ PLOTS: dict[str, Callable[[], Figure]] = {"time-per-token": time_per_token, "tim
 # Those of runs that may not be there yet; tables of the same runs name them.
 if studies.comparisons(ROOT / REFERENCE, studies.WITHOUT):
     PLOTS["ablation"] = feature_costs
-if op_studies():
+if studied():
     PLOTS["op-study"] = op_study
 if arrivals():
     PLOTS["serving"] = latency_over_rate

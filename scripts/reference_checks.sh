@@ -11,11 +11,12 @@
 #   memcheck     compute-sanitizer over the kernels                                                       180 s
 #   checks       these three at once: none of them is timed; what they say goes to $RESULTS/PART.log
 #   ops          RMSNorm and the linear layer after it, fused and not, from 1 to 16,384 rows              150 s
+#   shapes       the same at fewer numbers of rows, for the shapes of all models                          300 s
 #   serving      requests that arrive at several rates, nano and fused                                    300 s
 #   energy       J per token of a few steps, nano and fused                                               150 s
 #   alone        fused with each of its features alone, taking turns with none                            400 s
 #   vllm         serving and energy of vLLM                                                               150 s each
-#   all          startup paces ablation checks ops serving energy
+#   all          startup paces ablation checks ops shapes serving energy
 #
 # A part that fails or runs out of time does not stop the next one; a table of all stands at the end. startup keeps its
 # compiled kernels in $CACHES ($RESULTS/caches), and the other parts go on with them. Results go to $RESULTS
@@ -24,7 +25,7 @@
 #   LIMIT_PART=SECONDS   another limit, as LIMIT_SOAK=60; soak and validate end by themselves before it
 #   RATES=[20,32,44,64]  requests a second in serving
 #   CHECKED=bfloat16     names of tests in memcheck (all: every one)
-#   MODEL=qwen3-0.6b     the model of all parts but soak and memcheck
+#   MODEL=qwen3-0.6b     the model of all parts but soak, memcheck and shapes
 #   PYTHON=.venv/bin/python  DRY_RUN=1 (only prints the commands)
 #
 # A part's results are measured once: for another time name another $RESULTS. Exit code: 0, or 1 where a part failed.
@@ -102,6 +103,7 @@ part() {
       within "$1" "$(limit "$1" "$seconds")" scripts/reference_runs.sh "$1"
       ;;
     ops) within ops "$(limit ops 150)" env OPS_MODEL="$MODEL" scripts/reference_runs.sh ops ;;
+    shapes) within shapes "$(limit shapes 300)" scripts/reference_runs.sh shapes ;;
     validate)
       seconds=$(limit validate 150)
       within validate "$seconds" "$PYTHON" scripts/validate.py --engines fused --models "$MODEL,tiny-bf16,tiny" \
@@ -133,7 +135,7 @@ if (($# == 0)); then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
   exit 0
 fi
-[[ $* == all ]] && set -- startup paces ablation checks ops serving energy
+[[ $* == all ]] && set -- startup paces ablation checks ops shapes serving energy
 [[ -n ${DRY_RUN:-} ]] || mkdir -p "$RESULTS"
 export TRITON_CACHE_DIR=$caches/triton_cache_dir TORCHINDUCTOR_CACHE_DIR=$caches/torchinductor_cache_dir
 for name in "$@"; do part "$name"; done

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Measures what results/reference/ holds, on this machine's GPU:
 #
-#   scripts/reference_runs.sh PART...     parts: compare models ablation alone ops latency throughput grid trial, or all
+#   scripts/reference_runs.sh PART...     parts: compare models ablation alone ops shapes latency throughput grid trial, or all
 #
 # compare     nano_vllm, nano, fused and vLLM's serving arms taking turns
 # models      nano and fused taking turns, a comparison of each of $MODELS (qwen3-4b), calls of few sequences
 # ablation    fused without each of its features, taking turns with all of them
 # alone       fused with each of its features alone, taking turns with none
 # ops         RMSNorm and the linear layer after it, fused and not, from 1 to 16,384 rows
+# shapes      the same at fewer numbers of rows, for the shapes of all models
 # latency     single steps of vllm, nano and fused, with layers
 # throughput  nano-vLLM's 256 requests, each engine
 # grid        single steps to 4,096 tokens and 256 sequences, vllm and nano
@@ -20,7 +21,7 @@
 # UPSTREAM=no leave out. PYTHON names the interpreter, ROUNDS and LAUNCHES how much is compared, TRIAL_LAUNCHES the plain
 # launches in trial, WEIGHTS the checkpoint (random), SHARE and CACHE_TOKENS what an engine gets of an H200 in compare,
 # TOGETHER how many engines there are at once in ablation and alone (9, each takes up to 13 GB; 2 or more), OPS_MODEL
-# whose shapes ops takes (qwen3-0.6b, or all), MODEL whose weights ablation and alone run (qwen3-0.6b), MODELS those of
+# whose shapes ops takes (qwen3-0.6b), MODEL whose weights ablation and alone run (qwen3-0.6b), MODELS those of
 # models, DRY_RUN=1 only prints the commands. A part that fails does not stop the next one.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -81,6 +82,10 @@ part() {
       run "$python" -m harness.ops op=rms_norm_linear model="${OPS_MODEL:-qwen3-0.6b}" results="$results" \
         max_iterations=100 max_seconds_per_shape=1.0
       ;;
+    shapes)
+      run "$python" -m harness.ops op=rms_norm_linear model=all "rows=[1,8,64,512,4096,16384]" results="$results" \
+        max_iterations=50 max_seconds_per_shape=0.5
+      ;;
     latency) run "$python" -m harness -m engine=vllm,nano,fused workload=latency "${common[@]}" ;;
     throughput) run "$python" -m harness -m engine=vllm,nano,fused workload=throughput "${common[@]}" ;;
     grid)
@@ -102,6 +107,6 @@ if (($# == 0)); then
   sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
   exit 0
 fi
-[[ $* == all ]] && set -- compare models ablation alone ops latency throughput grid trial
+[[ $* == all ]] && set -- compare models ablation alone ops shapes latency throughput grid trial
 for name in "$@"; do part "$name"; done
 exit "$failed"

@@ -1,4 +1,4 @@
-"""What scripts/reference_checks.sh measures: features left out or alone, one op over rows, arrivals, energy."""
+"""What scripts/reference_checks.sh measures: features left out or alone, arrivals, energy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from engines.fused.features import FEATURES
 from harness.compare.comparison import read
 from harness.compare.ratios import MIN_LAUNCHES
 from harness.compare.table import Cell, Row
-from harness.ops.table import crossovers
 from harness.report.labels import labels
 from harness.results import COMPARISON_FILE
 from scripts.tables.registry import markdown, table
-from scripts.tables.sources import REFERENCE, ROOT, run_of_folder, runs, runs_of_all_models
+from scripts.tables.sources import REFERENCE, ROOT, run_of_folder, runs
 
 WITHOUT, ALONE = "ablation-without", "ablation-alone"
-VERDICTS = {"faster": "wins", "slower": "loses", "even": "even"}
 
 
 def picture(name: str, what: str) -> str:
@@ -96,50 +94,6 @@ def _change(cell: Cell) -> str:
     if cell.ratio.pairs < 2:
         return f"{change:+.1f} (one pair)"
     return f"{change:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-@table("op-study")
-def op_study(folder: str = REFERENCE) -> str:
-    """Medians of each variant over the number of rows, the best fused over the best unfused one, and in a sentence
-    where fusing wins and where it loses; for each product."""
-    found = [run for run in runs_of_all_models(folder).runs if run.get("study")]
-    if not found:
-        return "Not measured yet (`scripts/reference_checks.sh ops`)."
-    parts = [picture("op-study", "Time of one call over its rows, each variant against the unfused one")]
-    for run in found:
-        told = run["variants"]
-        here = [name for name, variant in told.items() if variant["status"] == "ok"]
-        for product in run["study"]:
-            head = [f"`{product['op']}`, W {product['weight_rows']} × {product['k']}: rows", *here]
-            rows = [
-                [f"{shape['rows']:,}", *(_time(shape["variants"].get(name)) for name in here), _best(shape)]
-                for shape in product["rows"]
-            ]
-            parts += [markdown([*head, "best fused / best unfused"], rows), *crossovers(product["rows"])]
-        absent = [f"{name} ({variant['status'].rstrip('.')})" for name, variant in told.items() if name not in here]
-        parts.append(
-            f"{machine(run)}, {run['model']}, {run['dtype']}: median µs of one call; each finds inputs and weights "
-            f"gone from the L2. Ratios are of turns next to each other, with their 95 % interval. "
-            f"{'Left out: ' + ', '.join(absent) + '. ' if absent else ''}Failed: {len(run['failures'])}. "
-            f"Run: `{folder}/{Path(run['run_dir']).name}`."
-        )
-    return "\n\n".join(parts)
-
-
-def _time(cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
-        return "–"
-    return f"{cell['median_us']:,.2f}" if "median_us" in cell else str(cell["status"])[:40]
-
-
-def _best(shape: Mapping[str, Any]) -> str:
-    both = shape.get("fused_over_unfused")
-    if not both:
-        return "–"
-    text = f"{both['fused']} / {both['unfused']} {both['ratio']:.2f}×"
-    if "verdict" not in both:
-        return text
-    return f"{text} ({both['low']:.2f} to {both['high']:.2f}), {VERDICTS[both['verdict']]}"
 
 
 @table("serving")

@@ -1,19 +1,17 @@
-"""Tables and pictures of ablations, op studies, arrivals and energy, from runs with chosen numbers."""
+"""Tables and pictures of ablations, arrivals and energy, from runs with chosen numbers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import pytest
 
 from engines.fused.features import FEATURES
 from harness.compare.contestants import folder_name
-from harness.report import ablation, ops
+from harness.report import ablation
 from harness.report.data import Data
 from harness.results import RunWriter
 from scripts.tables import studies
@@ -97,44 +95,10 @@ def test_bars_of_both_comparisons_are_one_picture_and_as_long_as_the_change(left
         plt.close(figure)
 
 
-STUDY: dict[str, Any] = {
-    "variants": {"torch": {"status": "ok"}, "mine": {"status": "ok"}, "away": {"status": "away is not installed."}},
-    "study": [{"op": "norm+product", "weight_rows": 8, "k": 4, "bias": False, "models": ["toy"], "rows": [
-        {"rows": 1, "variants": {"torch": {"status": "ok", "median_us": 10.0},
-                                 "mine": {"status": "ok", "median_us": 5.0}},
-         "fused_over_unfused": {"fused": "mine", "unfused": "torch", "ratio": 0.5, "low": 0.49, "high": 0.51,
-                                "pairs": 9, "verdict": "faster"}},
-        {"rows": 4096, "variants": {"torch": {"status": "ok", "median_us": 1234.5},
-                                    "mine": {"status": "OutOfResources: shared memory"}}},
-    ]}],
-}  # fmt: skip
-
-
-def test_a_study_shows_each_variant_and_what_came_of_it(tmp_path: Path) -> None:
-    write(tmp_path / "study", record("ops", **STUDY, failures=["one"]))
-    table = studies.op_study(str(tmp_path))
-    assert "| `norm+product`, W 8 × 4: rows | torch | mine | best fused / best unfused |" in table
-    assert "| 1 | 10.00 | 5.00 | mine / torch 0.50× (0.49 to 0.51), wins |" in table
-    assert "| 4,096 | 1,234.50 | OutOfResources: shared memory | – |" in table
-    assert "Fusing wins at 1 row (0.50×)." in table
-    assert "Left out: away (away is not installed). Failed: 1. " in table
-
-
-def test_the_right_panel_divides_by_the_fastest_unfused_variant() -> None:
-    at = pd.DataFrame({"a": [10.0, 8.0], "b": [20.0, 4.0], "mine": [5.0, 6.0]}, index=[1, 2])
-    figure = ops.drawn([("", at, ["a", "b"])])
-    try:
-        _, right = figure.axes
-        lines = {tuple(line.get_ydata()) for line in right.lines}  # type: ignore[arg-type]
-        assert {(1.0, 2.0), (2.0, 1.0), (0.5, 1.5)} <= lines
-    finally:
-        plt.close(figure)
-
-
 def test_what_is_not_measured_says_how_to(tmp_path: Path) -> None:
     RunWriter(tmp_path / "run", "run").write_run(record())
-    tables = (studies.ablation, studies.op_study, studies.serving, studies.energy)
-    for table, part in zip(tables, ("ablation", "ops", "serving", "energy"), strict=True):
+    tables = (studies.ablation, studies.serving, studies.energy)
+    for table, part in zip(tables, ("ablation", "serving", "energy"), strict=True):
         assert table(str(tmp_path)) == f"Not measured yet (`scripts/reference_checks.sh {part}`)."
 
 
