@@ -8,7 +8,8 @@ from kernels._triton import power_of_two, triton
 from kernels._tune_models import Op
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import default_launch as default_head
-from kernels.decode_linear import MATRIX_PASSES, Launch, default_launch, matrix_candidates
+from kernels.decode_linear_launch import Launch, default_launch, matrix_candidates
+from kernels.decode_linear_matrix import MATRIX_PASSES
 from kernels.prefill_linear import Launch as PrefillLaunch
 
 HEAD_VECTOR_ROWS = 4

@@ -19,7 +19,8 @@ from kernels._tune_models import Op
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import reference as head_reference
 from kernels.decode_head import shape_key as head_key
-from kernels.decode_linear import Launch, decode_linear_half_norm, half_norm_reference, reference, shape_key
+from kernels.decode_linear import decode_linear_half_norm, half_norm_reference, reference
+from kernels.decode_linear_launch import Launch, shape_key
 from kernels.decode_linear_tiled import HalfNormed
 from kernels.prefill_linear import Launch as PrefillLaunch
 

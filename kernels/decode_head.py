@@ -33,8 +33,8 @@ from kernels._fusion import Fusion
 from kernels._triton import power_of_two, runs_triton, tl, triton
 from kernels.choices import chosen_for, launch_of, rows_measured
 from kernels.decode_head_tiles import run_tiles
-from kernels.decode_linear import Launch as LinearLaunch
 from kernels.decode_linear import decode_linear
+from kernels.decode_linear_launch import Launch as LinearLaunch
 from kernels.prefill_linear import Launch as TilesLaunch
 from kernels.rms_norm import rms_norm as rms_norm_alone
 from kernels.rms_norm_linear import rms_norm

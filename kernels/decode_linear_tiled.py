@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ from kernels._dependent import ask_into_l2, let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._rows import empty_rows
 from kernels._triton import tl, triton
+from kernels.decode_linear_launch import Launch
 from kernels.prefill_linear import can_describe, described, described_rows, halves
-
-if TYPE_CHECKING:
-    from kernels.decode_linear import Launch
 
 SQUARES_COLUMNS = 32
 """The kernel is compiled for sums of squares over so many columns each, and again only where they are over fewer."""

@@ -65,9 +65,9 @@ from kernels._tune_settle import best_pairs, described, settle, ways
 from kernels.choices import rows_measured
 from kernels.decode_attention_launch import best_launch as best_attention
 from kernels.decode_head import best_launch as best_head
-from kernels.decode_linear import best_launch as best_linear
-from kernels.decode_linear import best_prefill_gate_up
-from kernels.decode_linear import shape_key as linear_key
+from kernels.decode_linear_launch import best_launch as best_linear
+from kernels.decode_linear_launch import best_prefill_gate_up
+from kernels.decode_linear_launch import shape_key as linear_key
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 QUICK_ROWS = (1, 16, 64)

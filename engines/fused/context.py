@@ -8,7 +8,7 @@ from typing import TypeGuard
 from torch import Tensor
 
 from engines.nano.utils.context import StepContext
-from kernels.decode_linear import HalfNormed
+from kernels.decode_linear_tiled import HalfNormed
 
 
 @dataclass(slots=True)

@@ -15,8 +15,9 @@ from engines.fused.context import as_in_decode, depends
 from engines.nano.layers.linear import StackedLinear
 from engines.nano.layers.norm import RMSNorm
 from engines.nano.utils.context import StepContext
-from kernels.decode_linear import Launch as DecodeLaunch
-from kernels.decode_linear import best_launch, best_prefill_gate_up, decode_linear_half_norm
+from kernels.decode_linear import decode_linear_half_norm
+from kernels.decode_linear_launch import Launch as DecodeLaunch
+from kernels.decode_linear_launch import best_launch, best_prefill_gate_up
 from kernels.prefill_linear import best_launch as best_prefill_launch
 
 

@@ -12,7 +12,8 @@ from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
 from kernels.causal_attention import Launch as CausalLaunch
 from kernels.decode_head import Launch as HeadLaunch
-from kernels.decode_linear import Launch, decode_linear_half_norm
+from kernels.decode_linear import decode_linear_half_norm
+from kernels.decode_linear_launch import Launch
 from kernels.prefill_linear import Launch as PrefillLaunch
 from tests.engines import reference
 

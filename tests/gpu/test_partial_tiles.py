@@ -10,7 +10,7 @@ import torch
 from kernels import decode_linear
 from kernels._rows import copied_rows
 from kernels._timing import time_graph_us
-from kernels.decode_linear import Launch
+from kernels.decode_linear_launch import Launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -16,7 +16,7 @@ from engines.fused import LLM, attention, draw, products
 from kernels.causal_attention import Launch as Causal
 from kernels.decode_attention_launch import Launch as Stream
 from kernels.decode_head import Launch as HeadLaunch
-from kernels.decode_linear import Launch as Product
+from kernels.decode_linear_launch import Launch as Product
 from kernels.prefill_linear import Launch as Prefill
 from tests.engines import reference
 

@@ -20,7 +20,8 @@ import kernels
 from kernels.decode_attention import workspace
 from kernels.decode_attention_launch import Launch as AttentionLaunch
 from kernels.decode_head import Launch as HeadLaunch
-from kernels.decode_linear import Launch, decode_linear_half_norm
+from kernels.decode_linear import decode_linear_half_norm
+from kernels.decode_linear_launch import Launch
 from kernels.prefill_linear import Launch as PrefillLaunch
 
 META = torch.device("meta")

@@ -11,11 +11,11 @@ ROOT = SCRIPT.parents[2]
 DEPENDENT = {
     "causal_attention.causal_attention_kernel",
     "decode_attention.decode_attention_kernel",
-    "decode_linear.decode_linear_matrix_kernel",
+    "decode_linear_matrix.decode_linear_matrix_kernel",
     "decode_head.decode_head_kernel",
     "decode_head_tiles.decode_head_tiles_kernel",
     "decode_linear_tiled.decode_linear_tiled_kernel",
-    "decode_linear.decode_linear_vector_kernel",
+    "decode_linear_vector.decode_linear_vector_kernel",
     "embed_rows.embed_rows_kernel",
     "prefill_attention.prefill_attention_kernel",
     "prefill_gate_up.prefill_gate_up_kernel",

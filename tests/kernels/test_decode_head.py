@@ -8,7 +8,7 @@ import torch
 from kernels import FUSIONS, decode_head
 from kernels.choices import none_chosen
 from kernels.decode_head import Launch, default_launch
-from kernels.decode_linear import Launch as Product
+from kernels.decode_linear_launch import Launch as Product
 from kernels.prefill_linear import Launch as Tiles
 from kernels.sample import TILE
 

@@ -6,15 +6,9 @@ from torch import Tensor
 
 from kernels import FUSIONS, INTERPRETED, decode_linear
 from kernels.choices import chosen, none_chosen
-from kernels.decode_linear import (
-    HalfNormed,
-    Launch,
-    best_launch,
-    decode_linear_half_norm,
-    default_launch,
-    half_norm_reference,
-    matrix_candidates,
-)
+from kernels.decode_linear import decode_linear_half_norm, half_norm_reference
+from kernels.decode_linear_launch import Launch, best_launch, default_launch, matrix_candidates
+from kernels.decode_linear_tiled import HalfNormed
 
 EPS = 1e-6
 # (rows, K, out): all kernels' defaults, both sides of their borders, sizes that no block divides. A dozen results at

@@ -9,7 +9,7 @@ import torch
 
 from kernels import decode_linear, prefill_gate_up, rms_norm
 from kernels._rows import TILE_ROWS, copied_rows, empty_rows, rows_in_tiles
-from kernels.decode_linear import Launch
+from kernels.decode_linear_launch import Launch
 from kernels.prefill_linear import Launch as PrefillLaunch
 from kernels.prefill_linear import described_rows
 

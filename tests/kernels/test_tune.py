@@ -35,7 +35,7 @@ from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_head import best_launch as best_head
 from kernels.decode_head import default_launch as default_head
 from kernels.decode_head import shape_key as head_key
-from kernels.decode_linear import Launch, best_launch, best_prefill_gate_up, default_launch, shape_key
+from kernels.decode_linear_launch import Launch, best_launch, best_prefill_gate_up, default_launch, shape_key
 from kernels.prefill_linear import Launch as PrefillLaunch
 from kernels.prefill_linear import best_launch as best_prefill
 from kernels.sample import TILE

@@ -16,7 +16,7 @@ from kernels._tune_settle import best_pairs, settle, ways
 from kernels.decode_attention import reference as attention_reference
 from kernels.decode_attention_launch import Launch as AttentionLaunch
 from kernels.decode_head import Launch as HeadLaunch
-from kernels.decode_linear import Launch
+from kernels.decode_linear_launch import Launch
 from kernels.prefill_linear import Launch as PrefillLaunch
 
 CPU = torch.device("cpu")
