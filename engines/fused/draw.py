@@ -83,7 +83,7 @@ class Draw:
         if "head" in self.features and self.head.takes(hidden):
             logits, *sums = self.head(hidden, state.temperatures[: len(hidden)], dependent)
         else:
-            logits = self.lm_head(self.norm(hidden))
+            logits = self.lm_head(self.norm(hidden, dependent))
         self.sample(logits, sums, state, dependent)
         return logits
 

@@ -51,6 +51,17 @@ class Norm(nn.Module):
         return kernels.rms_norm(hidden, norm.weight, norm.eps, dependent=depends(context))
 
 
+class FinalNorm(nn.Module):
+    """The model's last norm. nano's is compiled by torch, for which alone a start would wait some seconds."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, hidden: Tensor, dependent: bool = False) -> Tensor:
+        return kernels.rms_norm(hidden, self.weight, self.eps, dependent=dependent)
+
+
 class SiluMul(nn.Module):
     """silu(gate) · up that stands alone."""
 

@@ -26,6 +26,7 @@ from engines.fused.prefill_graphs import (
     run_layers,
     token_sizes,
 )
+from engines.fused.products import FinalNorm
 from engines.fused.state import DecodeState, Flight, Rows
 from engines.nano.graphs import DecodeGraphs, graph_sizes
 from engines.nano.layers.sampler import COLDEST, SamplingBatch, keep_likely
@@ -55,6 +56,7 @@ class FusedRunner(ModelRunner):
         )
         for layer, following in pairwise(self.model.layers):
             layer.followed_by(following)
+        self.model.model.norm = FinalNorm(self.model.model.norm)  # type: ignore[assignment]
         self.kernels = "triton" if kernels.runs_triton(self.model.lm_head.matrix) else "reference"
 
     def _make_buffers(self) -> DecodeState:

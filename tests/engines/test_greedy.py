@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ from engines.fused import LLM as Fused
 from engines.fused import attention, draw, products
 from engines.fused.features import FusedOptions
 from engines.nano import LLM as Nano
+from engines.nano.layers.activation import SiluMul
+from engines.nano.layers.norm import HeadNorm, RMSNorm
+from engines.nano.layers.rotary import RotaryEmbedding
+from engines.nano.layers.sampler import Sampler
 from kernels.causal_attention import Launch as CausalLaunch
 from kernels.decode_head import Launch as HeadLaunch
 from kernels.decode_linear import decode_linear_half_norm
@@ -228,6 +234,22 @@ def test_interpreted_kernels(engine, options, prompts, expected):
     with kernels.use("triton"):
         made = engine(reference.config(options=options, max_num_batched_tokens=16))
         assert tokens_of(made, reference.requests(prompts[1:3], 3)) == [tokens[:3] for tokens in expected[1:3]]
+
+
+@pytest.mark.parametrize("features", [FusedOptions().features, ("-head",)], ids=["all features", "without the head"])
+def test_fused_leaves_nothing_to_torchs_compiler(features, prompts, monkeypatch):
+    """Which takes seconds to import: a start with nothing else to compile would wait for it alone."""
+
+    def compiled(*_):
+        raise AssertionError("nano's, which torch compiles on a GPU")
+
+    methods = (RMSNorm, "normalise"), (RMSNorm, "add_and_normalise"), (HeadNorm, "normalise"), (SiluMul, "forward")
+    for owner, method in (*methods, (RotaryEmbedding, "rotate"), (Sampler, "draw")):
+        monkeypatch.setattr(owner, method, compiled)
+    engine = Fused(reference.config(options={"features": features}, max_num_batched_tokens=24))
+    requests = reference.requests(prompts, 3)
+    hot = [replace(r, sampling=replace(r.sampling, temperature=0.7, top_k=5, top_p=0.9)) for r in requests[1:]]
+    assert all(len(tokens) == 3 for tokens in tokens_of(engine, [requests[0], *hot]))
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])

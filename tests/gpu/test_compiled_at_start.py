@@ -30,6 +30,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
         gpu_memory_utilization=0.1, kv_cache_tokens=65536, prefix_caching=True,
     )  # fmt: skip
     alone: list[str] = []  # compiled where the engine waited for nothing else meanwhile
+    graphs = counters["stats"]["unique_graphs"]
 
     def note(**kernel: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -38,7 +39,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
         started = start_engine(conf.engine.target, config)
-    yield started, alone
+    yield started, alone, counters["stats"]["unique_graphs"] - graphs
     started.close()
 
 
@@ -55,8 +56,8 @@ def requests_of(lengths: list[int], draw: random.Random) -> list[Request]:
 
 @pytest.mark.parametrize("engine", ["fused"], indirect=True)
 def test_kernels_are_compiled_together(engine: Any) -> None:
-    started, alone = engine
-    assert alone == []
+    started, alone, by_torch = engine
+    assert alone == [] and by_torch == 0
     stages = started.notes["start_s"]
     assert list(stages) == [
         "load weights", "compile kernels", "run steps of all kinds", "capture graphs to see what memory they take",
@@ -66,7 +67,7 @@ def test_kernels_are_compiled_together(engine: Any) -> None:
 
 
 def test_nothing_is_compiled_for_requests(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, _ = engine
+    started, *_ = engine
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kernel: compiled.append(kernel["repr"]))
     graphs = counters["stats"]["unique_graphs"]
