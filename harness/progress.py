@@ -25,7 +25,8 @@ class Reporter:
 
     @contextmanager
     def relaying(self, name: str) -> Iterator[None]:
-        """Messages to the logger `name` and those below it, from level INFO on, a line each; nobody else gets them."""
+        """Messages of level INFO to the logger `name` and those below it, a line each, which nobody else gets; warnings
+        and errors go where they always go."""
         logger, relay = logging.getLogger(name), _Relay(self)
         before = logger.level, logger.propagate
         logger.addHandler(relay)
@@ -65,4 +66,10 @@ class _Relay(logging.Handler):
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reporter.say(f"  {record.getMessage()}")
+        if record.levelno > logging.INFO:
+            logging.getLogger().handle(record)
+            return
+        try:
+            self._reporter.say(f"  {record.getMessage()}")
+        except Exception:  # arguments that do not fit are no reason for a start to fail
+            self.handleError(record)

@@ -86,8 +86,8 @@ class Session:
             self.reporter.say("Without a GPU, the workload's values that begin with cpu_ count.")
         with self._phase("engine_start"), self.reporter.relaying("engines"):
             engine = start_engine(self.config.engine.target, replace(checked, checkpoint=weights.path))
-        self.reporter.say(f"Ready after {self.phases_s['engine_start']:.1f} s")
         try:
+            self.reporter.say(f"Ready after {self.phases_s['engine_start']:.1f} s")
             self.record |= {"arm": engine.arm, "mode": engine.mode}  # of its steps; other passes may run other arms
             self.record["memory"] = None if self.device == "cpu" else machine.torch_memory()
             shapes = self._fitting(engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -43,7 +43,8 @@ def compiled_ahead(progress: Callable[[int, int], None] = lambda _done, _total: 
         runtime.jit_cache_hook, kernel.run = before, run
     # Most of a compilation is done without Python's lock. `preload` gives the kernels to the next launches too.
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        for done, _ in enumerate(threads.map(_compile, wanted.values(), wanted), 1):
+        compiling = [threads.submit(_compile, function, kind) for kind, function in wanted.items()]
+        for done, _ in enumerate(as_completed(compiling), 1):
             progress(done, len(wanted))
 
 

@@ -255,8 +255,10 @@ class ModelRunner:
     def _memory_with_graphs(self) -> Memory:
         """What the GPU's memory looks like with all there but the cache: decode graphs are captured once to see it."""
         self._bind_cache(1)
-        with self.stages("capture graphs to see what memory they take"):
-            graphs = None if self.no_graphs else self._capture()
+        graphs = None
+        if not self.no_graphs:
+            with self.stages("capture graphs to see what memory they take"):
+                graphs = self._capture()
         memory = Memory.now(self.untracked_at_start)
         del graphs
         self._unbind_cache()

@@ -44,7 +44,7 @@ def op_shapes(folder: str = REFERENCE) -> str:
     for run in found:
         counts = sorted({shape["rows"] for product in run["study"] for shape in product["rows"]})
         head = ["product", "W", "models", *(f"{count:,} {'row' if count == 1 else 'rows'}" for count in counts)]
-        what = f"{run['dtype']}: fastest fused variant over fastest unfused one, in brackets their medians in µs"
+        what = f"{run['dtype']}: best fused over best unfused variant with its 95 % interval, and their medians in µs"
         parts += [markdown(head, [_line(p, counts) for p in run["study"]], left=3), _source(run, folder, what)]
     return "\n\n".join(parts)
 
@@ -101,4 +101,5 @@ def _ratio(shape: Mapping[str, Any]) -> str:
     if not both:
         return "–"
     fused, unfused = (shape["variants"][both[side]]["median_us"] for side in ("fused", "unfused"))
-    return f"{both['ratio']:.2f}× ({fused:,.1f} / {unfused:,.1f})"
+    interval = f" ({both['low']:.2f} to {both['high']:.2f})" if "low" in both else ""
+    return f"{both['ratio']:.2f}×{interval}: {fused:,.1f} / {unfused:,.1f}"

@@ -116,10 +116,11 @@ def startup(file: str = f"{REFERENCE}/startup.json") -> str:
     if made is None:
         return "Not measured yet (`scripts/startup.py`)."
     totals, goals, rows = made["start_s"], made["goal_s"], []
-    if stages := made.get("stages_s"):  # older files have none
+    stages = made.get("stages_s", {})  # older files have none
+    if any(stages.values()):
         rows = [[stage, *(f"{stages[name][stage]:.1f}" for name in totals)] for stage in stages["cold"]]
         rest = (f"{total - sum(stages[name].values()):.1f}" for name, total in totals.items())
-        rows.append(["the rest: imports, CUDA's own start", *rest])
+        rows.append(["the rest", *rest])
     rows.append(["**in all**", *(f"{total:.1f}" for total in totals.values())])
     rows.append(["goal", *(f"{goals[name]:.0f}" for name in totals)])
     source = (

@@ -159,3 +159,25 @@ def test_two_layers_are_the_first_and_the_last():
     with runner._two_layers():
         assert runner.model.layers == [layers[0], layers[-1]]
     assert runner.model.layers == layers
+
+
+@pytest.mark.parametrize("given", [None, 640])
+@pytest.mark.parametrize("no_graphs", ["", "enforce_eager is set"])
+def test_a_start_on_a_gpu_tells_what_it_does(given, no_graphs, monkeypatch):
+    """Graphs are captured once more where that is to tell how much the cache may have."""
+    runner = LLM(reference.config(kv_cache_tokens=given)).runner
+    done = []
+    monkeypatch.setattr(runner, "device", torch.device("cuda"))
+    monkeypatch.setattr(runner, "no_graphs", no_graphs)
+    monkeypatch.setattr(runner, "_compile_ahead", lambda: done.append("compile"))
+    monkeypatch.setattr(runner, "_warm_up", lambda: done.append("run") or 0)
+    monkeypatch.setattr(runner, "_capture", lambda: done.append("capture"))
+    monkeypatch.setattr(runner, "_bind_cache", lambda blocks: None)
+    monkeypatch.setattr(runner, "_unbind_cache", lambda: None)
+    monkeypatch.setattr(runner, "untracked_at_start", 0, raising=False)
+    monkeypatch.setattr(Memory, "now", lambda untracked_at_start: Memory(GIB, GIB, 0))
+    assert runner._fit_cache() > 0
+    captures = given is None and not no_graphs
+    assert done == ["compile", "run", *["capture"] * captures]
+    told = ["load weights", "run steps of all kinds", *["capture graphs to see what memory they take"] * captures]
+    assert list(runner.stages.seconds) == told

@@ -58,12 +58,8 @@ def requests_of(lengths: list[int], draw: random.Random) -> list[Request]:
 def test_kernels_are_compiled_together(engine: Any) -> None:
     started, alone, by_torch = engine
     assert alone == [] and by_torch == 0
-    stages = started.notes["start_s"]
-    assert list(stages) == [
-        "load weights", "compile kernels", "run steps of all kinds", "capture graphs to see what memory they take",
-        "capture graphs",
-    ]  # fmt: skip
-    assert min(stages.values()) > 0
+    stages = ["load weights", "compile kernels", "run steps of all kinds", "capture graphs"]
+    assert list(started.notes["start_s"]) == stages
 
 
 def test_nothing_is_compiled_for_requests(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

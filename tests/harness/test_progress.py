@@ -17,10 +17,17 @@ def test_messages_below_a_logger_are_said_and_go_nowhere_else(caplog):
         below.info("%d of %d [kernels]", 3, 7)
         below.debug("too much")
         logging.getLogger("other").info("of others")
+        below.warning("with its level and all")
     below.info("nobody asks any more")
     below.warning("as always")
     assert said.getvalue() == "  3 of 7 [kernels]\n"
-    assert caplog.messages == ["as always"]
+    assert caplog.messages == ["with its level and all", "as always"]
+
+
+def test_a_message_that_does_not_fit_fails_no_start(capsys):
+    with Reporter(Console(file=io.StringIO())).relaying("engines"):
+        logging.getLogger("engines").info("%d kernels", "no number")
+    assert "TypeError" in capsys.readouterr().err  # as logging tells of it
 
 
 def test_an_error_ends_it():

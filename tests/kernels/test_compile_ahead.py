@@ -25,7 +25,7 @@ target = SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda _: 0
 )
 triton.runtime.driver.set_active(target)
-import kernels
+import kernels, kernels.compile_ahead
 kernel = sys.modules["kernels.silu_mul"].silu_mul_kernel
 threads = []
 triton.knobs.runtime.jit_post_compile_hook = lambda **_: threads.append(threading.current_thread().name)
@@ -45,6 +45,21 @@ told["again"] = len(threads)
 told["written"] = (y != 7).any().item()
 kernel.warmup(x, y, 16, BLOCK=64, DEPENDENT=False, num_warps=1, grid=(1,))
 told["as before"] = threads[-1]
+# The first to be compiled is the last to be done: the others are counted meanwhile.
+ahead, counted, others_are_done = sys.modules["kernels.compile_ahead"], [], threading.Event()
+first = []
+def compile(function, kind):
+    first.append(kind)
+    assert kind != first[0] or others_are_done.wait(10)
+def progress(done, total):
+    counted.append(done)
+    if done == total - 1:
+        others_are_done.set()
+ahead._compile, ahead.MOST_THREADS = compile, 2
+with kernels.compiled_ahead(progress):
+    for block in (128, 256, 512):
+        kernel[(1,)](x, y, 16, BLOCK=block, DEPENDENT=False, num_warps=1)
+told["counted"] = counted
 print(json.dumps(told))
 """
 
@@ -57,7 +72,7 @@ def test_compiled_by_threads(tmp_path: Path) -> None:
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout.splitlines()[-1]) == {
-        "progress": [[1, 3], [2, 3], [3, 3]],
+        "progress": [[1, 3], [2, 3], [3, 3]], "counted": [1, 2, 3],
         "inside": 0, "after": 2, "apart": 2, "again": 2, "written": False, "as before": "MainThread",
     }  # fmt: skip
 

@@ -12,10 +12,9 @@ from kernels.decode_linear_tiled import HalfNormed
 
 EPS = 1e-6
 # (rows, K, out): all kernels' defaults, both sides of their borders, sizes that no block divides. A dozen results at
-# least: the norm of fewer may be small by chance, and their error large beside it. With a gate and a bias, the results
-# of one column are small together.
+# least: the norm of fewer may be small by chance, and their error large beside it.
 SHAPES = [
-    (1, 64, 48), (1, 1000, 37), (2, 33, 7), (3, 96, 19), (12, 96, 1), (4, 520, 6), (5, 64, 32), (13, 72, 19),
+    (1, 64, 48), (1, 1000, 37), (2, 33, 7), (3, 96, 19), (12, 96, 1), (4, 520, 14), (5, 64, 32), (13, 72, 19),
     (17, 300, 21), (130, 72, 17),
 ]  # fmt: skip
 
@@ -56,11 +55,13 @@ def test_product(shape, dtype, randn, assert_close):
     assert all(torch.equal(tensor, copy) for tensor, copy in zip((x, weight, gamma), kept, strict=True))
 
 
-@pytest.mark.parametrize("shape", [*(shape for shape in SHAPES[1:] if shape[2] > 1), (12, 96, 3)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_all_that_is_fused(shape, dtype, randn, assert_close):
     """Gate, bias and residual at once: no model has it, and each by itself is a part of it."""
     rows, k, out = shape
     x, weight, gamma = inputs(randn, rows, k, 2 * out, dtype)
+    if out == 1:  # one gate for all rows: it must not be closed by chance, which would leave little but errors
+        x, weight, gamma = x.abs(), weight.abs(), gamma.abs()
     bias, residual = randn(2 * out, dtype=dtype), randn(rows, out, dtype=dtype)
     options = {"norm_weight": gamma, "eps": EPS, "bias": bias, "gated": True}
     y = expected(x, weight, gamma, EPS, bias, None, True)

@@ -56,8 +56,8 @@ def test_a_study_of_several_models_is_a_line_for_each_product(several: Path) -> 
     table = tables.op_shapes(str(several))
     assert table.splitlines()[0] == "| product | W | models | 1 row | 4,096 rows |"
     assert table.splitlines()[2:4] == [
-        "| `norm+product` | 8 × 4 | toy, other | 0.50× (5.0 / 10.0) | – |",
-        "| `norm+product` with bias | 16 × 4 | other | 0.50× (5.0 / 10.0) | – |",
+        "| `norm+product` | 8 × 4 | toy, other | 0.50× (0.49 to 0.51): 5.0 / 10.0 | – |",
+        "| `norm+product` with bias | 16 × 4 | other | 0.50× (0.49 to 0.51): 5.0 / 10.0 | – |",
     ]
     assert "Packages: torch 2.0. Left out: away (away is not installed). Failed: 0. " in table
     assert "several`" in table and "one`" not in table

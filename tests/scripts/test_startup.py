@@ -54,7 +54,7 @@ def test_the_first_start_is_cold_and_the_second_warm(starts, tmp_path, monkeypat
     assert rows[0] == ["", "cold", "warm"]
     assert rows[2:] == [
         ["load weights", "1.5", "1.5"], ["compile kernels", "50.5", "0.2"],
-        ["the rest: imports, CUDA's own start", "9.5", "2.5"], ["**in all**", "61.5", "4.2"], ["goal", "90", "15"],
+        ["the rest", "9.5", "2.5"], ["**in all**", "61.5", "4.2"], ["goal", "90", "15"],
     ]  # fmt: skip
     assert validation.startup("nothing.json").startswith("Not measured yet")
 

@@ -27,7 +27,7 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
 
     def progress(self, done: int, total: int) -> None:
-        """Of the stage that goes on. To be called often: it is told every EVERY_S."""
+        """Of the stage that goes on. To be called often: it is told at most every EVERY_S."""
         now = time.perf_counter()
         if now - self._told >= EVERY_S:
             logger.info("%d of %d", done, total)
