@@ -29,7 +29,7 @@ from engines.nano.models.decoder import Family
 from engines.nano.options import Options
 from engines.nano.prefill import PrefillInputs
 from engines.nano.sequence import Sequence
-from engines.nano.utils.loader import load_weights
+from engines.nano.utils.loader import Undrawn, load_weights
 from engines.nano.utils.memory import Memory, untracked
 from engines.nano.utils.stages import Stages
 
@@ -133,7 +133,7 @@ class ModelRunner:
                 delattr(self, name)
 
     def _load(self, family: Family, backend: Backend) -> Decoder:
-        with torch.device(self.device):
+        with torch.device(self.device), Undrawn():
             default = torch.get_default_dtype()
             torch.set_default_dtype(self.dtype)
             try:

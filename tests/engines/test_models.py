@@ -101,3 +101,15 @@ def test_truncated_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="model.safetensors cannot be read"):
         Nano(reference.config(folder))
+
+
+def test_parameters_are_not_drawn_before_they_are_read(tmp_path):
+    """It would take longer than the reading; and the seed's first numbers are the requests'."""
+    config = reference.config(make(tmp_path / "model", "Qwen2"))
+    torch.manual_seed(config.seed)
+    fresh = torch.get_rng_state()
+    torch.rand(1)
+    Nano(config)
+    assert torch.equal(torch.get_rng_state(), fresh)
+    linear = torch.nn.Linear(3, 3)  # and later as ever
+    assert linear.weight.unique().numel() > 1

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with config.json and safetensors files, as Hugging Face writes them."""
+"""Checkpoints: a folder with config.json and safetensors files, as Hugging Face writes them, and a model to fill."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engines.base import InputError
 
@@ -43,6 +44,17 @@ def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
                     yield name, shard.get_slice(name)
         except SafetensorError as error:
             raise InputError(f"{file} cannot be read: {error}.") from None
+
+
+class Undrawn(TorchFunctionMode):
+    """Modules made inside keep their parameters as they were allocated. To draw numbers that a checkpoint then replaces
+    takes a CPU longer than to read them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == torch.nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()
