@@ -15,7 +15,7 @@ from kernels._dependent import let_next_start, wait_for_previous
 from kernels._dot import dot
 from kernels._triton import power_of_two, tl, triton
 from kernels.decode_linear_launch import Launch
-from kernels.decode_linear_tiled import silu_mul_values
+from kernels.silu_mul import silu_mul_values
 
 MATRIX_PASSES = 4
 """A matrix program's W serves at most this many blocks of rows, one after the other."""

@@ -32,6 +32,7 @@ from kernels._rows import empty_rows
 from kernels._triton import tl, triton
 from kernels.decode_linear_launch import Launch
 from kernels.prefill_linear import can_describe, described, described_rows, halves
+from kernels.silu_mul import silu_mul_values
 
 SQUARES_COLUMNS = 32
 """The kernel is compiled for sums of squares over so many columns each, and again only where they are over fewer."""
@@ -49,12 +50,6 @@ class HalfNormed:
 
     rows: Tensor
     squares: Tensor
-
-
-@triton.jit
-def silu_mul_values(gate, up):
-    """silu(gate) * up, of float32."""
-    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels._dependent import let_next_start, wait_for_previous
 from kernels._triton import power_of_two, tl, triton
 from kernels.decode_linear_launch import Launch
-from kernels.decode_linear_tiled import silu_mul_values
+from kernels.silu_mul import silu_mul_values
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from kernels._checks import check_float, check_like
 from kernels._dot import dot
 from kernels._fusion import Fusion
 from kernels._triton import power_of_two, runs_triton, tl, triton
+from kernels.silu_mul import silu_mul_values
 
 VECTOR_ROWS = 4
 """Up to here each row is a matrix-vector product on the ordinary cores; above, tensor cores serve better."""
@@ -101,11 +102,6 @@ def _load_stream(x, residual, offset, mask):
     return value
 
 
-@triton.jit
-def _silu_mul(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm_linear_vector_kernel(
     x, residual, norm_weight, weight, bias, y, new_residual, rows, out, eps,
@@ -134,7 +130,7 @@ def rms_norm_linear_vector_kernel(
         value = (value * gamma)[None, :]
         result = tl.sum(w.to(tl.float32) * value, axis=1) * scale
         if GATED:
-            result = _silu_mul(result, tl.sum(w_up.to(tl.float32) * value, axis=1) * scale)
+            result = silu_mul_values(result, tl.sum(w_up.to(tl.float32) * value, axis=1) * scale)
         if bias is not None:
             result += tl.load(bias + column, mask=in_out, other=0.0).to(tl.float32)
         tl.store(y + row * out + column, result.to(y.dtype.element_ty), mask=column < tl.where(row < rows, out, 0))
@@ -214,7 +210,7 @@ def rms_norm_linear_tiled_kernel(
         result = result * scale[:, None]
         result_up = result_up * scale[:, None]
     if GATED:
-        result = _silu_mul(result, result_up)
+        result = silu_mul_values(result, result_up)
     if bias is not None:
         result += tl.load(bias + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
     offset = row[:, None].to(tl.int64) * out + column[None, :]

@@ -29,6 +29,12 @@ def reference(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def silu_mul_values(gate, up):
+    """silu(gate) * up, of float32."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def silu_mul_kernel(gate_up, y, inter, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """One row and BLOCK of its columns; programs that run at the same time go through memory in its order."""
     let_next_start(DEPENDENT)
@@ -39,7 +45,7 @@ def silu_mul_kernel(gate_up, y, inter, BLOCK: tl.constexpr, DEPENDENT: tl.conste
     wait_for_previous(DEPENDENT)
     gate = tl.load(gate_up + row * 2 * inter + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * inter + column, mask=mask, other=0.0).to(tl.float32)
-    value = gate / (1.0 + tl.exp(-gate)) * up
+    value = silu_mul_values(gate, up)
     tl.store(y + row * inter + column, value.to(y.dtype.element_ty), mask=mask)
 
 

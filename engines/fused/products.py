@@ -52,7 +52,7 @@ class Norm(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The model's last norm. nano's is compiled by torch, for which alone a start would wait some seconds."""
+    """The model's last norm. nano's is compiled by torch, whose compiler a start would load for it alone."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
