@@ -4,7 +4,7 @@
 #   scripts/reference_checks.sh PART...
 #
 #   startup      how long a start takes with empty caches of compiled kernels, and with what that left    200 s
-#   paces        TPOT of nano and fused alone on the GPU and beside another process's context             150 s each
+#   paces        calls of nano and fused alone on the GPU and beside another process's context            150 s each
 #   ablation     fused without each of its features, taking turns with all of them                        180 s
 #   validate     decode logits at every captured batch size and where contexts cross borders              150 s
 #   soak         10,000 random requests through a cache too small for them                                150 s

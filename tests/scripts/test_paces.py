@@ -33,7 +33,6 @@ def run(monkeypatch, tmp_path):
         times = iter(range(1, 100))
 
         def measure(self, item):
-            assert item.metric == "tpot_ms"
             if (number := next(times)) == at:
                 raise ends_with
             return [number + (1000.0 if there[0] else 0.0)]
@@ -47,27 +46,36 @@ def run(monkeypatch, tmp_path):
     return measured
 
 
-def test_every_batch_size_is_measured_alone_beside_another_process_and_after_it(run, capsys):
+def of(made, state):
+    return {(call["metric"], call["batch_size"]): call[state] for call in made["calls"]}
+
+
+PROMPT, ONE, TWO = ("generate_ms", 1), ("tpot_ms", 1), ("tpot_ms", 2)
+
+
+def test_every_call_is_measured_alone_beside_another_process_and_after_it(run, capsys):
     code, made = run()
     assert code == 0 and (made["engine"], made["model"], made["status"]) == ("nano", "tiny", "ok")
-    assert made["tpot_ms"] == [
-        {"batch_size": 1, "alone": [1.0, 2.0], "beside": [1005.0, 1006.0], "after": [9.0, 10.0]},
-        {"batch_size": 2, "alone": [3.0, 4.0], "beside": [1007.0, 1008.0], "after": [11.0, 12.0]},
-    ]
-    assert "nano, batch 2, TPOT ms: alone 3.500, beside 1007.500, after 11.500" in capsys.readouterr().out
+    assert of(made, "alone") == {PROMPT: [1.0, 2.0], ONE: [3.0, 4.0], TWO: [5.0, 6.0]}
+    assert of(made, "beside") == {PROMPT: [1007.0, 1008.0], ONE: [1009.0, 1010.0], TWO: [1011.0, 1012.0]}
+    assert of(made, "after") == {PROMPT: [13.0, 14.0], ONE: [15.0, 16.0], TWO: [17.0, 18.0]}
+    shown = capsys.readouterr().out
+    assert "nano, decode, batch 2, prompt 16, TPOT ms: alone 5.500, beside 1011.500, after 17.500" in shown
+    assert "nano, prefill, 1 × 16 tokens, ms: alone 1.500, beside 1007.500, after 13.500" in shown
 
 
 def test_an_interrupt_keeps_what_was_measured(run):
-    code, made = run(KeyboardInterrupt(), at=6)
+    code, made = run(KeyboardInterrupt(), at=8)
     assert code == 130 and made["status"] == "interrupted"
-    assert [row["alone"] for row in made["tpot_ms"]] == [[1.0, 2.0], [3.0, 4.0]]
+    assert of(made, "alone") == {PROMPT: [1.0, 2.0], ONE: [3.0, 4.0], TWO: [5.0, 6.0]}
+    assert of(made, "beside") == {PROMPT: [1007.0], ONE: [], TWO: []}
 
 
 def test_a_block_that_fails_stops_no_other(run, capsys):
-    code, made = run(BlockFailed("2 tokens too few came back."), at=6)
+    code, made = run(BlockFailed("2 tokens too few came back."), at=9)
     assert code == 1 and made["status"] == "ok"
-    assert made["failures"] == ["batch 1, beside: 2 tokens too few came back."]
-    assert [row["beside"] for row in made["tpot_ms"]] == [[1005.0], [1007.0, 1008.0]]
+    assert made["failures"] == ["decode, batch 1, prompt 16, TPOT ms, beside: 2 tokens too few came back."]
+    assert of(made, "beside") == {PROMPT: [1007.0, 1008.0], ONE: [1010.0], TWO: [1011.0, 1012.0]}
     assert made["failures"][0] in capsys.readouterr().out
 
 
@@ -82,19 +90,21 @@ def test_what_cannot_be_done_is_said(who, monkeypatch, capsys):
 
 def record(device: str, **fields: object) -> str:
     seen = {"gpu": {"name": "NVIDIA H200"} if device == "cuda" else None, "cpu": {"model": "a CPU"}}
-    row = {"batch_size": 32, "alone": [0.8, 0.9, 1.0], "beside": [1.0, 1.08, 1.1], "after": []}
-    made = {"model": "tiny", "device": device, "provenance": seen, "status": "ok", "failures": [], "tpot_ms": [row]}
+    key = {"metric": "tpot_ms", "phase": "decode", "batch_size": 32, "tokens": 128, "output_len": 129}
+    call = key | {"alone": [0.8, 0.9, 1.0], "beside": [1.0, 1.08, 1.1], "after": []}
+    made = {"model": "tiny", "device": device, "provenance": seen, "status": "ok", "failures": [], "calls": [call]}
     return json.dumps(made | fields)
 
 
-def test_the_table_has_a_row_for_each_engine_and_batch_size(monkeypatch, tmp_path: Path):
+def test_the_table_has_a_row_for_each_engine_and_call(monkeypatch, tmp_path: Path):
     (tmp_path / "paces-fused.json").write_text(record("cuda"))
     (tmp_path / "paces-nano.json").write_text(record("cpu", status="interrupted", failures=["batch 1: no"]))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     shown = tables.paces(folder=".")
     for engine in ("fused", "nano"):
-        assert f"| {engine} | 32 | 0.900 (0.800 to 1.000) | 1.080 (1.000 to 1.100) | – | 1.20× |" in shown
-    assert "a CPU, tiny; NVIDIA H200, tiny" in shown and "up to 3 blocks" in shown
+        line = f"| {engine} | decode, batch 32, prompt 128, TPOT ms | 0.900 (0.800 to 1.000) | 1.080 (1.000 to 1.100) |"
+        assert f"{line} – | 1.20× |" in shown
+    assert "a CPU, tiny; NVIDIA H200, tiny" in shown and "up to 3 values" in shown
     assert "nano's run was interrupted. nano: batch 1: no. Files" in shown and "`./paces-fused.json`." in shown
 
 
