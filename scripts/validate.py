@@ -16,17 +16,20 @@ the same tokens must be equal within rounding.
 
 Models: `tiny` is the trained checkpoint of the tests in float32, `tiny-bf16` in bfloat16, others are names of
 conf/model with random weights in bfloat16. With --seconds no case begins after that time; the record names those that
-are left out. Exit codes: 0 all that were judged passed, 1 some did not or none was judged, 2 it cannot be done.
+are left out, and --resume goes on with them, at the same commit on a device of the same kind.
+
+Exit codes: 0 all that were judged passed, 1 some did not or none was judged, 2 it cannot be done.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -286,20 +289,31 @@ def setting(model: str, device: str, max_rows: int) -> tuple[EngineConfig, int]:
 
 
 def validated(
-    engine_name: str, model: str, device: str, max_rows: int, positions: int, deadline_s: float, left_out: list[str]
+    engine_name: str,
+    model: str,
+    device: str,
+    max_rows: int,
+    positions: int,
+    deadline_s: float,
+    left_out: list[str],
+    done: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one engine and model, as they are measured; what there is no time for goes to `left_out`."""
-    if time.perf_counter() > deadline_s:
-        left_out.append(f"all of {engine_name} {model}")
-        return
+    """The rows of one engine and model, as they are measured, but of cases that are `done`; what there is no time for
+    goes to `left_out`."""
     config, vocab = setting(model, device, max_rows)
+    times = TINY_TIMES if config.checkpoint == TINY else 1
+    to_do = [case for case in cases(max_rows, config.max_model_len, times * positions) if case.name not in done]
+    if not to_do:
+        return
+    if time.perf_counter() > deadline_s:
+        left_out.append(f"{'the rest' if done else 'all'} of {engine_name} {model}")
+        return
     engine = ENGINES[engine_name](config)
     dtypes = ["float32"] if config.dtype == "float32" else ["float32", config.dtype]
     references = [Reference(config.checkpoint, dtype, device) for dtype in dtypes]
     prompts = Prompts(vocab, seed=2)
     try:
-        times = TINY_TIMES if config.checkpoint == TINY else 1
-        for case in cases(max_rows, config.max_model_len, times * positions):
+        for case in to_do:
             start_s = time.perf_counter()
             if start_s > deadline_s:
                 left_out.append(f"{engine_name} {model} {case.name}")
@@ -335,6 +349,17 @@ def passed_graphs(row: Mapping[str, Any]) -> bool:
     return row.get("graphs_passed", True)
 
 
+def rows_of(file: Path, made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was judged before, to go on from. InputError: that was other code, or a device of another kind."""
+    if not file.is_file():
+        return []
+    before = json.loads(file.read_text())
+    then, now = ((r["device"], r["provenance"]["git"]["commit"]) for r in (before, made))
+    if then != now:
+        raise InputError(f"{file} is of {then[0]} at commit {then[1]}, this is {now[0]} at {now[1]}: measure anew.")
+    return before["rows"]
+
+
 def main() -> int:
     """Exit code 0, 1 or 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -345,6 +370,7 @@ def main() -> int:
     parser.add_argument("--positions", type=int, default=POSITIONS, help="of a case (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no more cases begin")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the outcome, small enough to commit")
+    parser.add_argument("--resume", action="store_true", help="keep what FILE holds, and judge what is missing")
     if len(sys.argv) == 1:
         parser.print_help()
         return 0
@@ -356,12 +382,16 @@ def main() -> int:
         device = device_of(arguments.device)
         name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
         made = {"device": name, **made}
+        if arguments.resume and arguments.json:
+            made["rows"] = rows_of(arguments.json, made)
+        before = [(row["engine"], row["model"], row["case"]["name"]) for row in made["rows"]]
         for model in arguments.models.split(","):
             for engine in arguments.engines.split(","):
                 if engine not in ENGINES:
                     raise InputError(f"There is no engine {engine} to validate: {', '.join(ENGINES)}.")
                 sizes = arguments.rows, arguments.positions
-                for row in validated(engine, model, device, *sizes, deadline_s, made["left_out"]):
+                done = {case for *whose, case in before if whose == [engine, model]}
+                for row in validated(engine, model, device, *sizes, deadline_s, made["left_out"], done):
                     made["rows"].append(row)
                     print(line(row), flush=True)
                     if arguments.json:  # whatever comes after, this much is there

@@ -210,3 +210,35 @@ def test_no_case_begins_after_its_time_and_those_left_out_have_names(
     assert [row["case"]["rows"] for row in made["rows"]] == cases
     assert made["left_out"] == left_out
     assert "left out for want of time: " + ", ".join(left_out) in capsys.readouterr().out
+
+
+def test_what_is_missing_can_be_judged_later(tmp_path, monkeypatch, capsys):
+    file, judged = tmp_path / "validation.json", []
+
+    def judge(case, *_):
+        judged.append(case.rows)
+        return {"case": {"name": case.name, "rows": case.rows}, "positions": 3, "kl": 0.0, "passed": True}
+
+    monkeypatch.setattr(validate, "BORDERS", ())
+    monkeypatch.setattr(validate, "judge", judge)
+    monkeypatch.setattr(validate, "ENGINES", dict.fromkeys(validate.ENGINES, lambda _: SimpleNamespace(close=int)))
+    monkeypatch.setattr(validate, "Reference", lambda *_: None)
+
+    def run(rows: int, *more: str, engines: str = "fused") -> tuple[int, list[int]]:
+        arguments = ["--engines", engines, "--models", "tiny", "--rows", str(rows), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["validate", *arguments, "--json", str(file), *more])
+        judged.clear()
+        return validate.main(), list(judged)
+
+    assert run(1, "--resume") == (0, [1])  # there is nothing to go on from yet
+    assert run(4, "--resume", engines="fused,nano") == (0, [2, 4, 1, 2, 4])
+    kept = json.loads(file.read_text())["rows"]
+    assert [(row["engine"], row["case"]["rows"]) for row in kept] == [
+        ("fused", 1), ("fused", 2), ("fused", 4), ("nano", 1), ("nano", 2), ("nano", 4)
+    ]  # fmt: skip
+    assert run(4, "--resume", engines="fused,nano") == (0, []) and json.loads(file.read_text())["rows"] == kept
+    made = json.loads(file.read_text())
+    made["provenance"]["git"]["commit"] = "another"
+    file.write_text(json.dumps(made))
+    assert run(4, "--resume") == (2, []) and "at commit another" in capsys.readouterr().err
+    assert run(1) == (0, [1])
