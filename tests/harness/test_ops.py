@@ -216,6 +216,25 @@ def test_variants_take_turns_there_and_back_and_the_ratio_is_that_of_pairs(tmp_p
     assert (both["fused"], both["unfused"], both["pairs"], both["verdict"]) == ("fused", "torch", 4, "faster")
 
 
+def test_the_most_rows_come_first_as_in_an_engine(tmp_path, monkeypatch) -> None:
+    """What torch compiles for any number of rows, it makes for one of the first two that it meets."""
+    met: list[int] = []
+
+    class Noting(nn.RMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            met.append(len(x))
+            return super().forward(x)
+
+    settings = parse([*FAST, "rows=[1,2,5,3]", "variants=[torch]"])
+    conf = op_conf(settings)
+    monkeypatch.setattr("torch.nn.RMSNorm", Noting)
+    study = Study(settings, conf, tmp_path / "s")
+    study.products = study.products[:1]
+    record = study.run()["study"][0]
+    assert list(dict.fromkeys(met)) == [5, 3, 2, 1]
+    assert [shape["rows"] for shape in record["rows"]] == [1, 2, 3, 5]
+
+
 def test_where_fusing_loses_is_said_as_plainly() -> None:
     outcomes = [(1, 0.5, "faster"), (2, 0.8, "faster"), (4, 1.0, "even"), (512, 1.25, "slower")]
     shapes: list[dict[str, Any]] = [{"rows": 8}, *(
