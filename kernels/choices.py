@@ -2,9 +2,9 @@
 
 One file per GPU holds, per kernel, shape keys and what ran fastest there: the fields of that kernel's `Launch`, or
 `{"path": "cublas"}` where a library's product and separate kernels won; of a decode step's product also
-`{"path": "prefill"}` with a launch of `prefill_gate_up`. A GPU without a file, or a shape without an
-entry, gets the kernel's own default. Each entry has its date. `none_chosen()` makes every GPU such a GPU, for tests of
-the defaults.
+`{"path": "prefill"}` with a launch of `prefill_gate_up`. A GPU without a file, or a shape without an entry, gets the
+kernel's own default, or a library's where that default is known to be slow. Each entry has its date. `none_chosen()`
+makes every GPU such a GPU, for tests of the defaults.
 """
 
 from __future__ import annotations

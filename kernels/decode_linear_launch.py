@@ -22,9 +22,9 @@ MATRIX_ROWS = 16
 LARGE_WEIGHT = 16 << 20
 """Bytes of W from which on several rows take cuBLAS where nothing was measured. It streams large matrices well, while
 the defaults, made so that small ones are under way at once, took an H200 twice as long for 21 to 100 MB."""
-MATRIX_WARPS = 8
-"""The most of a default matrix program that is used where nothing was measured. With 16, which W of 2048 columns and
-3072 or 4096 rows wants, an H200 took 1.7 times as long for 8 rows of x as cuBLAS behind its norm."""
+WIDE_PROGRAM = 16, 16
+"""Rows of W and warps of a default matrix program in whose place cuBLAS runs where nothing was measured: an H200 took
+1.7 times as long with it for 8 rows of x and W of 2048 columns and 3072 or 4096 rows."""
 MATRIX_REGISTERS = 96
 """What a matrix program's W, x and gamma may take of each thread's 128 registers."""
 
@@ -130,7 +130,8 @@ def best_launch(rows: int, out: int, k: int, gated: bool, element_bytes: int, de
     if choice is None:
         default = default_launch(rows, out, k, gated, element_bytes)
         large = rows > 1 and (2 if gated else 1) * out * k * element_bytes >= LARGE_WEIGHT
-        return None if large or (default.kernel == "matrix" and default.num_warps > MATRIX_WARPS) else default
+        wide = default.kernel == "matrix" and (default.block_n, default.num_warps) == WIDE_PROGRAM
+        return None if large or wide else default
     return None if "path" in choice else launch_of(Launch, choice["launch"], device)
 
 

@@ -28,7 +28,8 @@
 #   MODEL=qwen3-0.6b     the model of all parts but soak, memcheck and shapes
 #   PYTHON=.venv/bin/python  DRY_RUN=1 (only prints the commands)
 #
-# A part's results are measured once: for another time name another $RESULTS. Exit code: 0, or 1 where a part failed.
+# A part's results are measured once: for another time name another $RESULTS. validate goes on with the cases that it had
+# no time for, if the code is still the same. Exit code: 0, or 1 where a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -107,7 +108,7 @@ part() {
     validate)
       seconds=$(limit validate 150)
       within validate "$seconds" "$PYTHON" scripts/validate.py --engines fused --models "$MODEL,tiny-bf16,tiny" \
-        --seconds $((seconds - 20)) --json "$RESULTS/validation.json"
+        --seconds $((seconds - 20)) --resume --json "$RESULTS/validation.json"
       ;;
     soak)
       # nano takes about as long again for the same requests, and both have to start.

@@ -16,7 +16,7 @@ the same tokens must be equal within rounding.
 
 Models: `tiny` is the trained checkpoint of the tests in float32, `tiny-bf16` in bfloat16, others are names of
 conf/model with random weights in bfloat16. With --seconds no case begins after that time; the record names those that
-are left out, and --resume goes on with them, at the same commit on a device of the same kind.
+are left out, and --resume goes on with them, at the same commit and on a device of the same kind.
 
 Exit codes: 0 all that were judged passed, 1 some did not or none was judged, 2 it cannot be done.
 """
@@ -25,11 +25,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ from harness.results import write_json
 from harness.verify import FLOAT32_KL, FLOAT32_NLL_DELTA, differences, resampled
 from harness.weights import resolve
 from harness.workloads import Prompts
+from scripts.validation_record import kept, left_of, names_of
 
 ENGINES = {"fused": Fused, "nano": Nano}
 TINY = ROOT / "tests" / "assets" / "tiny-qwen3"
@@ -291,23 +291,15 @@ def setting(model: str, device: str, max_rows: int) -> tuple[EngineConfig, int]:
 def validated(
     engine_name: str,
     model: str,
+    setting: tuple[EngineConfig, int],
     device: str,
-    max_rows: int,
-    positions: int,
+    to_do: Sequence[Case],
     deadline_s: float,
-    left_out: list[str],
-    done: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one engine and model, as they are measured, but of cases that are `done`; what there is no time for
-    goes to `left_out`."""
-    config, vocab = setting(model, device, max_rows)
-    times = TINY_TIMES if config.checkpoint == TINY else 1
-    to_do = [case for case in cases(max_rows, config.max_model_len, times * positions) if case.name not in done]
-    if not to_do:
+    """The rows of one engine and model, as they are measured, until there is no time for more."""
+    if not to_do or time.perf_counter() > deadline_s:
         return
-    if time.perf_counter() > deadline_s:
-        left_out.append(f"{'the rest' if done else 'all'} of {engine_name} {model}")
-        return
+    config, vocab = setting
     engine = ENGINES[engine_name](config)
     dtypes = ["float32"] if config.dtype == "float32" else ["float32", config.dtype]
     references = [Reference(config.checkpoint, dtype, device) for dtype in dtypes]
@@ -316,8 +308,7 @@ def validated(
         for case in to_do:
             start_s = time.perf_counter()
             if start_s > deadline_s:
-                left_out.append(f"{engine_name} {model} {case.name}")
-                continue
+                return
             row = {"engine": engine_name, "model": model, "dtype": config.dtype}
             row |= judge(case, engine, references, prompts)
             yield row | {"seconds": time.perf_counter() - start_s}
@@ -349,17 +340,6 @@ def passed_graphs(row: Mapping[str, Any]) -> bool:
     return row.get("graphs_passed", True)
 
 
-def rows_of(file: Path, made: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was judged before, to go on from. InputError: that was other code, or a device of another kind."""
-    if not file.is_file():
-        return []
-    before = json.loads(file.read_text())
-    then, now = ((r["device"], r["provenance"]["git"]["commit"]) for r in (before, made))
-    if then != now:
-        raise InputError(f"{file} is of {then[0]} at commit {then[1]}, this is {now[0]} at {now[1]}: measure anew.")
-    return before["rows"]
-
-
 def main() -> int:
     """Exit code 0, 1 or 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -375,6 +355,8 @@ def main() -> int:
         parser.print_help()
         return 0
     arguments = parser.parse_args()
+    if arguments.resume and not arguments.json:
+        parser.error("--resume goes on from the FILE of --json.")
     provenance = machine.provenance()
     made: dict[str, Any] = {"provenance": provenance, "factor": FACTOR, "equal": EQUAL, "rows": [], "left_out": []}
     deadline_s = time.perf_counter() + arguments.seconds
@@ -382,20 +364,27 @@ def main() -> int:
         device = device_of(arguments.device)
         name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
         made = {"device": name, **made}
-        if arguments.resume and arguments.json:
-            made["rows"] = rows_of(arguments.json, made)
-        before = [(row["engine"], row["model"], row["case"]["name"]) for row in made["rows"]]
-        for model in arguments.models.split(","):
+        settings = {model: setting(model, device, arguments.rows) for model in arguments.models.split(",")}
+        plan: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for model, (config, _) in settings.items():
+            times = TINY_TIMES if config.checkpoint == TINY else 1
+            of_model = cases(arguments.rows, config.max_model_len, times * arguments.positions)
             for engine in arguments.engines.split(","):
                 if engine not in ENGINES:
                     raise InputError(f"There is no engine {engine} to validate: {', '.join(ENGINES)}.")
-                sizes = arguments.rows, arguments.positions
-                done = {case for *whose, case in before if whose == [engine, model]}
-                for row in validated(engine, model, device, *sizes, deadline_s, made["left_out"], done):
-                    made["rows"].append(row)
-                    print(line(row), flush=True)
-                    if arguments.json:  # whatever comes after, this much is there
-                        write_json(arguments.json, made)
+                plan[engine, model] = [asdict(case) for case in of_model]
+        others: list[str] = []
+        if arguments.resume:
+            made["rows"], others = kept(arguments.json, made, plan)
+        for (engine, model), left in left_of(plan, made["rows"]).items():
+            to_do = [Case(**case) for case in left]
+            for row in validated(engine, model, settings[model], device, to_do, deadline_s):
+                made["rows"].append(row)
+                made["left_out"] = [*names_of(plan, made["rows"]), *others]
+                print(line(row), flush=True)
+                if arguments.json:  # whatever comes after, this much is there
+                    write_json(arguments.json, made)
+        made["left_out"] = [*names_of(plan, made["rows"]), *others]
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -26,11 +26,21 @@ def paces(engines: str = "nano,fused", folder: str = REFERENCE) -> str:
     doubts += [f"{engine}: {failure}" for engine, r in made.items() for failure in r["failures"]]
     source = (
         f"{'; '.join(dict.fromkeys(_where(r) for r in made.values()))}: medians of up to "
-        f"{max(len(call['alone']) for r in made.values() for call in r['calls'])} values with their range. The other "
+        f"{' and '.join(_counts(made))} with their range. The other "
         f"process holds a context on the GPU and does nothing. {'. '.join([*doubts, ''])}Files: "
         f"{', '.join(f'`{files[engine]}`' for engine in made)}."
     )
     return "\n\n".join([markdown(["engine", "call", *STATES.values(), "beside / alone"], rows, left=2), source])
+
+
+def _counts(made: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many values a cell has at most, by what was measured."""
+    calls = [call for record in made.values() for call in record["calls"]]
+    found = []
+    for metric, name in (("generate_ms", "prompts"), ("tpot_ms", "TPOT")):
+        if most := max((len(call["alone"]) for call in calls if call["metric"] == metric), default=0):
+            found.append(f"{most} values of {name}")
+    return found
 
 
 def _where(record: Mapping[str, Any]) -> str:

@@ -231,13 +231,15 @@ def test_large_matrices_that_were_not_measured_are_cublas_own():
         assert best_launch(8, out, k, gated, 2, cpu) == default_launch(8, out, k, gated, 2)
 
 
-def test_few_rows_of_many_columns_that_were_not_measured_are_cublas_own():
-    """Llama-3.2-1B's qkv, which is no large matrix; Qwen2.5-1.5B's and o_proj of both have fewer columns or rows."""
+def test_programs_of_many_warps_and_rows_that_were_not_measured_are_cublas_own():
+    """Llama-3.2-1B's qkv, though no large matrix; not its o_proj, nor Qwen2.5-1.5B's qkv or Qwen3-0.6B's o and down."""
     cpu = torch.device("cpu")
-    for rows, out, k in ((2, 3072, 2048), (8, 3072, 2048), (16, 3072, 2048)):
-        assert best_launch(rows, out, k, False, 2, cpu) is None
-    for rows, out, k in ((1, 3072, 2048), (32, 3072, 2048), (8, 2048, 1536), (8, 2048, 2048), (8, 1536, 1536)):
-        assert best_launch(rows, out, k, False, 2, cpu) == default_launch(rows, out, k, False, 2)
+    for rows in (2, 8, 16):
+        assert best_launch(rows, 3072, 2048, False, 2, cpu) is None
+        for out, k in ((2048, 2048), (2048, 1536), (1024, 2048), (1024, 3072)):
+            assert best_launch(rows, out, k, False, 2, cpu) == default_launch(rows, out, k, False, 2)
+    for rows in (1, 32):
+        assert best_launch(rows, 3072, 2048, False, 2, cpu) == default_launch(rows, 3072, 2048, False, 2)
 
 
 def test_no_rows(randn):

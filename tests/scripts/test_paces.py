@@ -104,7 +104,7 @@ def test_the_table_has_a_row_for_each_engine_and_call(monkeypatch, tmp_path: Pat
     for engine in ("fused", "nano"):
         line = f"| {engine} | decode, batch 32, prompt 128, TPOT ms | 0.900 (0.800 to 1.000) | 1.080 (1.000 to 1.100) |"
         assert f"{line} – | 1.20× |" in shown
-    assert "a CPU, tiny; NVIDIA H200, tiny" in shown and "up to 3 values" in shown
+    assert "a CPU, tiny; NVIDIA H200, tiny" in shown and "up to 3 values of TPOT with" in shown
     assert "nano's run was interrupted. nano: batch 1: no. Files" in shown and "`./paces-fused.json`." in shown
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -199,7 +199,7 @@ def test_no_case_begins_after_its_time_and_those_left_out_have_names(
     file, clock = tmp_path / "validation.json", iter(times)
     monkeypatch.setattr(validate, "BORDERS", ())
     monkeypatch.setattr(validate.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(validate, "judge", lambda case, *_: {"case": {"name": case.name, "rows": case.rows},
+    monkeypatch.setattr(validate, "judge", lambda case, *_: {"case": asdict(case),
                         "positions": 3, "kl": 0.0, "passed": True})  # fmt: skip
     monkeypatch.setattr(validate, "ENGINES", dict.fromkeys(validate.ENGINES, lambda _: SimpleNamespace(close=int)))
     monkeypatch.setattr(validate, "Reference", lambda *_: None)
@@ -212,33 +212,79 @@ def test_no_case_begins_after_its_time_and_those_left_out_have_names(
     assert "left out for want of time: " + ", ".join(left_out) in capsys.readouterr().out
 
 
-def test_what_is_missing_can_be_judged_later(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def resume(tmp_path, monkeypatch):
+    """Runs the command on the tiny model with --resume and batches up to `rows`; what it judged, its exit code and the
+    file. It is interrupted at the case of `stop` rows. `code` is the state of the checkout."""
     file, judged = tmp_path / "validation.json", []
+    code = {"git": {"commit": "one", "dirty": False}}
 
-    def judge(case, *_):
-        judged.append(case.rows)
-        return {"case": {"name": case.name, "rows": case.rows}, "positions": 3, "kl": 0.0, "passed": True}
+    def run(rows: int, *more: str, engines: str = "fused", stop: int = 0, positions: int = 9):
+        def judge(case, *_):
+            if case.rows == stop:
+                raise KeyboardInterrupt
+            judged.append(case.rows)
+            return {"case": asdict(case), "positions": 3, "kl": 0.0, "passed": True}
+
+        arguments = ["--models", "tiny", "--device", "cpu", "--rows", str(rows), "--positions", str(positions)]
+        monkeypatch.setattr(sys, "argv", ["validate", *arguments, "--engines", engines, *more])
+        monkeypatch.setattr(validate, "judge", judge)
+        judged.clear()
+        try:
+            outcome = validate.main()
+        except KeyboardInterrupt:
+            outcome = 130
+        return list(judged), outcome, json.loads(file.read_text()) if file.exists() else None
 
     monkeypatch.setattr(validate, "BORDERS", ())
-    monkeypatch.setattr(validate, "judge", judge)
     monkeypatch.setattr(validate, "ENGINES", dict.fromkeys(validate.ENGINES, lambda _: SimpleNamespace(close=int)))
     monkeypatch.setattr(validate, "Reference", lambda *_: None)
+    provenance = validate.machine.provenance
+    monkeypatch.setattr(validate.machine, "provenance", lambda: provenance() | {"git": code["git"]})
+    return run, file, code
 
-    def run(rows: int, *more: str, engines: str = "fused") -> tuple[int, list[int]]:
-        arguments = ["--engines", engines, "--models", "tiny", "--rows", str(rows), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["validate", *arguments, "--json", str(file), *more])
-        judged.clear()
-        return validate.main(), list(judged)
 
-    assert run(1, "--resume") == (0, [1])  # there is nothing to go on from yet
-    assert run(4, "--resume", engines="fused,nano") == (0, [2, 4, 1, 2, 4])
-    kept = json.loads(file.read_text())["rows"]
-    assert [(row["engine"], row["case"]["rows"]) for row in kept] == [
+def test_what_is_missing_can_be_judged_later(resume):
+    run, file, _ = resume
+    again = ("--resume", "--json", str(file))
+    assert run(1, *again)[:2] == ([1], 0)  # there is nothing to go on from yet
+    judged, outcome, made = run(4, *again, engines="fused,nano", stop=4)
+    assert (judged, outcome) == ([2], 130)
+    assert made["left_out"] == ["fused tiny batch 4", "all of nano tiny"]  # an interrupt does not hide it
+    judged, outcome, made = run(4, *again)
+    assert (judged, outcome) == ([4], 0) and made["left_out"] == ["all of nano tiny"]  # nor do others' cases
+    judged, outcome, made = run(4, *again, engines="fused,nano")
+    assert (judged, outcome) == ([1, 2, 4], 0) and made["left_out"] == []
+    assert [(row["engine"], row["case"]["rows"]) for row in made["rows"]] == [
         ("fused", 1), ("fused", 2), ("fused", 4), ("nano", 1), ("nano", 2), ("nano", 4)
     ]  # fmt: skip
-    assert run(4, "--resume", engines="fused,nano") == (0, []) and json.loads(file.read_text())["rows"] == kept
-    made = json.loads(file.read_text())
-    made["provenance"]["git"]["commit"] = "another"
-    file.write_text(json.dumps(made))
-    assert run(4, "--resume") == (2, []) and "at commit another" in capsys.readouterr().err
-    assert run(1) == (0, [1])
+    assert run(4, *again, engines="fused,nano") == ([], 0, made)
+    judged, _, made = run(4, *again, positions=99)  # other cases by the same names
+    assert judged == [1, 2, 4] and len(made["rows"]) == 6
+    assert run(1, "--json", str(file))[:2] == ([1], 0)
+
+
+@pytest.mark.parametrize(("git", "device", "said"), [
+    ({"commit": "another", "dirty": False}, None, "at commit one, this is"),
+    ({"commit": "one", "dirty": True}, None, "at commit one, this is"),
+    ({"commit": "one", "dirty": False}, "another GPU", "is of another GPU at commit one"),
+    (None, None, "this is"),
+])  # fmt: skip
+def test_only_the_same_code_on_the_same_device_is_resumed(resume, capsys, git, device, said):
+    run, file, code = resume
+    made = run(1, "--json", str(file))[2]
+    if device:
+        file.write_text(json.dumps(made | {"device": device}))
+    code["git"] = git
+    assert run(2, "--resume", "--json", str(file))[:2] == ([], 2)
+    assert said in capsys.readouterr().err
+
+
+def test_uncommitted_code_and_no_file_cannot_be_resumed(resume, capsys):
+    run, file, code = resume
+    code["git"] = {"commit": "one", "dirty": True}
+    run(1, "--json", str(file))
+    assert run(2, "--resume", "--json", str(file))[:2] == ([], 2) and "is of no commit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(2, "--resume")
+    assert "goes on from the FILE of --json" in capsys.readouterr().err
