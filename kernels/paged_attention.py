@@ -16,7 +16,9 @@ probabilities' writes and reads, and a contiguous copy of the sequence's keys an
 The query heads that share a key/value head are rows of one tile, so each key is read once for all of them: decode is
 the case of one query token, where the tile's rows are the group's heads. Where few programs would run, several share
 a context and `paged_attention_combine_kernel` merges their parts. The number of parts depends on shapes alone, never on
-lengths that lie on the device, so a captured graph stays right when the sequences grow.
+lengths that lie on the device, so a captured graph stays right when the sequences grow. The kernel is compiled for its
+tile and for whether there are parts, not for how many: an engine can run all there are before it is ready
+(`tile_tokens`).
 """
 
 from __future__ import annotations
@@ -141,17 +143,17 @@ def _attend(
     return total, norm, peak
 
 
-@triton.jit(do_not_specialize=["tokens", "max_blocks"])
+@triton.jit(do_not_specialize=["tokens", "max_blocks", "splits"])
 def paged_attention_kernel(
-    q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, o, part_o, part_lse, tokens, max_blocks, scale_log2,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ONE_QUERY: tl.constexpr, SPLITS: tl.constexpr,
+    q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, o, part_o, part_lse, tokens, max_blocks, splits,
+    scale_log2, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ONE_QUERY: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M query rows of one key/value head over one split of a sequence's context."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    sequence = tl.program_id(2) // SPLITS
-    split = tl.program_id(2) % SPLITS
+    sequence = tl.program_id(2) // splits
+    split = tl.program_id(2) % splits
     kv_head = tl.program_id(1)
     # Later queries see more keys: their programs start first, so that the long ones do not end last.
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -178,7 +180,7 @@ def paged_attention_kernel(
     first_limit = length - queries + first_row // GROUP
     last_limit = length - queries + tl.minimum((first_row + BLOCK_M - 1) // GROUP, queries - 1)
     end = tl.maximum(last_limit + 1, 0)
-    piece = tl.cdiv(tl.cdiv(end, SPLITS), BLOCK_N) * BLOCK_N
+    piece = tl.cdiv(tl.cdiv(end, splits), BLOCK_N) * BLOCK_N
     begin = split * piece
     end = tl.minimum(begin + piece, end)
     # Keys before `whole` are seen by every row; from there on the diagonal or the context's end cuts the tile.
@@ -201,7 +203,7 @@ def paged_attention_kernel(
     )  # fmt: skip
     # Rows that saw no key (an empty sequence, an idle split) give zeros.
     result = total / tl.where(norm > 0.0, norm, 1.0)[:, None]
-    if SPLITS == 1:
+    if not PARTS:
         tl.store(o + offset, result.to(o.dtype.element_ty), mask=mask)
     else:
         base = split.to(tl.int64) * tokens * HEADS
@@ -210,15 +212,15 @@ def paged_attention_kernel(
         tl.store(part_lse + base + head, lse, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["heads", "splits"])
 def paged_attention_combine_kernel(
-    part_o, part_lse, o, heads, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
+    part_o, part_lse, o, heads, splits, HEAD_DIM: tl.constexpr, MOST: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Merge the splits' parts of one head: a mean weighted by each part's sum of exponentials."""
+    """Merge the splits' parts of one head, MOST at most: a mean weighted by each part's sum of exponentials."""
     head = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
+    split = tl.arange(0, MOST)
     d = tl.arange(0, BLOCK_D)
-    lse = tl.load(part_lse + split.to(tl.int64) * heads + head)
+    lse = tl.load(part_lse + split.to(tl.int64) * heads + head, mask=split < splits, other=float("-inf"))
     peak = tl.max(lse, axis=0)
     weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
     to_part = part_o + (split.to(tl.int64) * heads + head)[:, None] * HEAD_DIM + d[None, :]
@@ -226,6 +228,18 @@ def paged_attention_combine_kernel(
     norm = tl.sum(weight, axis=0)
     result = tl.sum(part * weight[:, None], axis=0) / tl.where(norm > 0.0, norm, 1.0)
     tl.store(o + head * HEAD_DIM + d, result.to(o.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+def tile_tokens(group: int, element_bytes: int) -> list[int]:
+    """The fewest new tokens of a sequence, 2 at least, that each tile is used for, where `group` query heads share a
+    key/value head."""
+    found, before = [], 0
+    for tile in TILES[element_bytes]:
+        tokens = max(2, before // group + 1)
+        if tokens * group <= tile.max_rows:
+            found.append(tokens)
+        before = tile.max_rows
+    return found
 
 
 @lru_cache
@@ -273,15 +287,15 @@ def paged_attention(
 
     `max_seqlen_q` bounds every sequence's queries. With max_seqlen_q 1 and as many tokens as sequences, row i is
     sequence i, `cu_seqlens_q` is not read, and a sequence of length 0 (a padding row) gives zeros. Rows of q that
-    belong to no sequence are left unwritten. `num_splits` (a power of two) overrides how many programs share a
+    belong to no sequence are left unwritten. `num_splits`, MAX_SPLITS at most, overrides how many programs share a
     context. ValueError if shapes, dtypes, devices or layouts do not fit; lengths and blocks, which lie on the device,
     are not checked.
     """
     _check(q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k)
     if max_seqlen_q < 1:
         raise ValueError(f"max_seqlen_q must be at least 1, not {max_seqlen_q}.")
-    if num_splits is not None and (num_splits < 1 or num_splits & (num_splits - 1)):
-        raise ValueError(f"num_splits must be a power of two, not {num_splits}.")
+    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits must be from 1 to {MAX_SPLITS}, not {num_splits}.")
     if not runs_triton(q):
         return reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, max_seqlen_q, scale)
     tokens, heads, head_dim = q.shape
@@ -302,15 +316,23 @@ def paged_attention(
     block_d = max(16, power_of_two(head_dim))
     paged_attention_kernel[(row_blocks, kv_heads, sequences * splits)](
         q, k_cache, v_cache, block_tables, cu_seqlens_q, seqlens_k, o, part_o, part_lse, tokens, max_blocks,
-        scale * LOG2_E,
+        splits, scale * LOG2_E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        ONE_QUERY=max_seqlen_q == 1 and tokens == sequences, SPLITS=splits,
+        ONE_QUERY=max_seqlen_q == 1 and tokens == sequences, PARTS=splits > 1,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n if block_d <= 128 else tile.block_n // 2, BLOCK_D=block_d,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         paged_attention_combine_kernel[(tokens * heads,)](
-            part_o, part_lse, o, tokens * heads, HEAD_DIM=head_dim, SPLITS=splits, BLOCK_D=block_d, num_warps=2
+            part_o,
+            part_lse,
+            o,
+            tokens * heads,
+            splits,
+            HEAD_DIM=head_dim,
+            MOST=MAX_SPLITS,
+            BLOCK_D=block_d,
+            num_warps=4,
         )
     return o
 

@@ -32,6 +32,7 @@ from engines.nano.sequence import Sequence
 from engines.nano.utils.loader import Undrawn, load_weights
 from engines.nano.utils.memory import Memory, untracked
 from engines.nano.utils.stages import Stages
+from kernels.paged_attention import tile_tokens
 
 CPU_CACHE_BYTES = 4 * 2**30
 
@@ -235,11 +236,19 @@ class ModelRunner:
             drawn.add(sequences)
             if tokens > 1:  # as chunks of prompts whose beginnings are in the cache, which other kernels may compute
                 self.run([self._warm_up_sequence(tokens, 1, greedy)] * sequences, is_prefill=True)
+        for tokens in (tokens for tokens in self._tokens_apart() if tokens <= length):
+            for cached in (0, length - tokens):  # of a short context, and of the longest, which programs may share
+                self.run([self._warm_up_sequence(cached + tokens, cached, greedy)], is_prefill=True)
         for sampling in (hot, everything):
             self.run([self._warm_up_sequence(length, length - 1, sampling)] * self.config.max_num_seqs, False)
         most = torch.cuda.max_memory_reserved() - self.cache.nbytes
         self._unbind_cache()
         return most - torch.cuda.memory_reserved()
+
+    def _tokens_apart(self) -> list[int]:
+        """Numbers of new tokens at which our own attention is another kernel, where it runs."""
+        c = self.share
+        return tile_tokens(c.num_heads // c.num_kv_heads, self.dtype.itemsize) if self.backend_name == "triton" else []
 
     def _prompts_to_warm_up(self, length: int) -> list[tuple[int, int]]:
         """(sequences, tokens of each, up to `length`) of steps: the largest, one of several short ones, others."""

@@ -111,6 +111,24 @@ def test_prompts_of_all_sizes_run_at_the_start():
     assert all(sequences <= 7 and tokens <= 64 and sequences * tokens <= 300 for sequences, tokens in steps)
 
 
+def test_kernels_of_our_own_attention_run_at_the_start(monkeypatch):
+    """By new tokens and earlier ones; three query heads share a key/value head."""
+    runner, ran = LLM(reference.config(max_model_len=96, max_num_seqs=7, max_num_batched_tokens=300)).runner, []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("max_memory_reserved", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(runner, "run", lambda s, is_prefill: ran.append((len(s), s[0].num_scheduled, s[0].num_cached)))
+    monkeypatch.setattr(runner, "dtype", torch.bfloat16)
+    runner._warm_up()
+    assert (1, 11, 85) not in ran
+    ran.clear()
+    runner.backend_name = "triton"
+    runner._warm_up()
+    assert {(1, tokens, cached) for tokens in (2, 6, 11, 86) for cached in (0, 96 - tokens)} <= set(ran)
+    assert all(tokens + cached <= 96 for _, tokens, cached in ran)
+
+
 class Launches(list):
     """Of a fused runner, in place of its step."""
 

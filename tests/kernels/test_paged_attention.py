@@ -1,12 +1,15 @@
 """paged_attention against float64: decode, prefill, chunks, splits; poison wherever nothing may be read."""
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import FUSIONS, paged_attention
+
+module = import_module("kernels.paged_attention")  # whose name the function has too
 
 
 @dataclass
@@ -83,7 +86,7 @@ LAYOUTS = [(4, 2, 16, 16), (6, 1, 32, 64), (8, 1, 20, 256), (3, 3, 64, 32), (2, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("splits", [None, 4])
+@pytest.mark.parametrize("splits", [None, 3, 4, 32])
 def test_decode(layout, splits, dtype, make_case, assert_close):
     case = make_case([(1, 1), (1, 64), (1, 129)], *layout, dtype)
     out = paged_attention(*case.arguments(), num_splits=splits)
@@ -143,6 +146,51 @@ def test_large_scores_do_not_overflow(make_case, assert_close):
     assert_close(paged_attention(*case.arguments()), case.expected())
 
 
+class Noting:
+    """In place of a kernel: what it would be compiled for."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple] = set()
+
+    def __getitem__(self, _grid):
+        return lambda *arguments, **constants: self.seen.add(
+            (*sorted(constants.items()), *(argument is None for argument in arguments))
+        )
+
+
+@pytest.mark.parametrize("group", [1, 2, 6, 16])
+@pytest.mark.parametrize("of", [torch.bfloat16, torch.float32], ids=str)
+def test_a_few_steps_run_all_kernels_that_any_step_may(group, of, monkeypatch):
+    """Those of an engine's start: decode graphs, the largest prompt, one token, and `tile_tokens` at a short and at the
+    longest context."""
+    kernel = Noting()
+    monkeypatch.setattr(module, "paged_attention_kernel", kernel)
+    monkeypatch.setattr(module, "paged_attention_combine_kernel", Noting())
+    monkeypatch.setattr(module, "runs_triton", lambda _: True)
+    monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
+
+    def run(sequences: int, tokens: int, context: int) -> None:
+        cache, numbers = torch.zeros(1, 256, 8, 16, dtype=of), torch.zeros(sequences + 1, dtype=torch.int32)
+        tables = torch.zeros(sequences, -(-context // 256), dtype=torch.int32)
+        q = torch.zeros(sequences * tokens, 8 * group, 16, dtype=of)
+        paged_attention(q, cache, cache, tables, numbers, numbers[1:], tokens, 0.1)
+
+    for rows in (1, 2, 4, 8, *range(16, 257, 16)):
+        run(rows, 1, 4096)
+    run(1, 4096, 4096)
+    run(1, 1, 1)
+    for tokens in module.tile_tokens(group, of.itemsize):
+        run(1, tokens, tokens)
+        run(1, tokens, 4096)
+    warm = set(kernel.seen)
+    assert len(warm) <= 2 * len(module.TILES[of.itemsize]) + 2
+    for sequences in (1, 2, 17):
+        for tokens in (*range(1, 19), 32, 33, 42, 43, 128, 129, 256, 257):
+            for context in {tokens, max(tokens, 512), 4096} if sequences * tokens < 2000 else ():
+                run(sequences, tokens, context)
+    assert kernel.seen == warm
+
+
 def test_splits_depend_on_shapes_alone(monkeypatch):
     from kernels.paged_attention import _multiprocessors, _splits
 
@@ -170,5 +218,5 @@ def test_wrong_arguments(make_case):
     ):
         with pytest.raises(ValueError, match=message):
             paged_attention(*good[:index], value, *good[index + 1 :])
-    with pytest.raises(ValueError, match="num_splits must be a power of two, not 3"):
-        paged_attention(*good, num_splits=3)
+    with pytest.raises(ValueError, match="num_splits must be from 1 to 32, not 33"):
+        paged_attention(*good, num_splits=33)
