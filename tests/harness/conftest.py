@@ -13,7 +13,7 @@ from report_runs import Page
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run on this machine's processor."""
-    from test_runner import TINY, silent
+    from scripted_runs import TINY, silent
 
     from harness.config import compose
     from harness.runner import run

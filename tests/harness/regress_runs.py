@@ -71,6 +71,15 @@ def write(
     return folder
 
 
+def two_sides(tmp_path: Path, factor: float = 1.0, launches: int = 3) -> tuple[str, str]:
+    """Folders of launches that hardly differ, the candidate's slower by `factor`."""
+    for side, times in (("base", 1.0), ("cand", factor)):
+        for launch in range(launches):
+            steps = 1000 * times * (1 + 0.0005 * launch + 0.001 * np.sin(np.arange(30)))
+            write(tmp_path / side / str(launch), {DECODE: steps})
+    return str(tmp_path / "base"), str(tmp_path / "cand")
+
+
 @dataclass(frozen=True)
 class Recorded:
     """Recorded step times of one shape in us, in the order in which they were taken, of a launch that took `count`.

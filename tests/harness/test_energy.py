@@ -14,7 +14,7 @@ from engines.fused.runner import FusedRunner
 from harness import machine, measurement
 from harness.energy import EnergyMeter
 from harness.runner import run
-from tests.harness.test_runner import Scripted, config, run_scripted, silent
+from tests.harness.scripted_runs import Scripted, config, run_scripted, silent
 
 ENERGY_COUNTER = machine.energy_counter
 

@@ -19,8 +19,8 @@ from harness import measurement
 from harness.instruments.kernels import Kernel, KernelProbe, disagreeing, read, steps_of
 from harness.results import load
 from harness.summary import slowest_ops
+from tests.harness.scripted_runs import Scripted, run_scripted
 from tests.harness.test_attribution import END, FLASH, GEMM, LAYER, LAYERS, NORM, START, launches, recorded
-from tests.harness.test_runner import Scripted, run_scripted
 
 SYNC = "cudaDeviceSynchronize"
 

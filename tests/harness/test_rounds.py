@@ -16,7 +16,7 @@ from harness.progress import Reporter
 from harness.results import RunWriter, load
 from harness.rounds import BlockFailed, Blocks, items
 from harness.workloads import Prompts
-from tests.harness.test_runner import Scripted
+from tests.harness.scripted_runs import Scripted
 
 
 class Clocked:

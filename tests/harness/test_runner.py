@@ -1,4 +1,4 @@
-"""Runs from start to end: on the reference engine with the tiny checkpoint, and on an engine that misbehaves."""
+"""Runs from start to end: on the reference engine with the tiny checkpoint, and on an engine that is scripted."""
 
 from __future__ import annotations
 
@@ -7,124 +7,24 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from engines.base import (
-    Capacity,
-    EngineConfig,
-    HostPhases,
-    InputError,
-    Request,
-    RequestResult,
-    Scheduled,
-    Step,
-    TraceUnsupported,
-)
-from harness import measurement, runner
-from harness.config import Config, compose
+from engines.base import HostPhases, Step
+from harness import measurement
+from harness.config import compose
 from harness.instruments.host import HostProbe
 from harness.instruments.probe import Interval, StepTrace
-from harness.measurement import out_of_memory
 from harness.passes import Sample, _joined
 from harness.progress import Reporter
 from harness.results import load
 from harness.rounds import Blocks
 from harness.runner import RunFailed, run
-from harness.summary import main, print_summary, rounds_table, steps_table
-
-TINY = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
-QUICK = ("instrument.max_iterations=10", "instrument.traced_iterations=3", "instrument.max_seconds_per_shape=2")
-
-
-def config(*overrides: str) -> Config:
-    return compose(["engine=hf", "model=tiny", f"weights={TINY}", "workload=smoke", "device=cpu", *QUICK, *overrides])
-
-
-def silent() -> Reporter:
-    return Reporter(Console(file=io.StringIO()))
-
-
-class Scripted:
-    """An engine without a model. `on_step` sees each step before it is returned, and may change it or raise."""
-
-    name, arm, mode = "scripted", "default", "eager"
-
-    def __init__(self, on_step: Callable[[Step], Step] = lambda step: step, kv_cache_tokens: int = 100_000) -> None:
-        self.on_step = on_step
-        self.launches_ahead = False
-        self.capacity = Capacity(1024, 64, 16384, kv_cache_tokens)
-        self.notes: dict[str, Any] = {}
-        self.lengths: dict[str, int] = {}
-        self.left: dict[str, int] = {}
-        self.waiting: list[Request] = []
-        self.log: list[str] = []
-
-    def start(self, _target: str, config: EngineConfig) -> Scripted:
-        self.config = config
-        return self
-
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
-
-    def host_phases(self) -> HostPhases:
-        return {}
-
-    def has_unfinished(self) -> bool:
-        return bool(self.waiting or self.left)
-
-    def last_step(self) -> Step:
-        return self.last
-
-    def advance(self) -> None:
-        if self.waiting:
-            scheduled = tuple(Scheduled(r.request_id, len(r.prompt_token_ids), 0) for r in self.waiting)
-            self.left |= {r.request_id: r.sampling.max_tokens for r in self.waiting}
-            self.waiting, kind = [], "prefill"
-        else:
-            scheduled, kind = tuple(Scheduled(name, 1, self.lengths[name]) for name in self.left), "decode"
-        self.log.append(f"{kind} {len(scheduled)}" + ("" if gc.isenabled() else " undisturbed"))
-        step = self.on_step(Step(kind, scheduled))  # type: ignore[arg-type]
-        for s in scheduled:
-            self.lengths[s.request_id] = s.context_len + s.new_tokens
-            self.left[s.request_id] -= 1
-        finished = tuple(name for name, left in self.left.items() if left == 0)
-        self.left = {name: left for name, left in self.left.items() if left}
-        self.last = Step(step.kind, step.scheduled, (), finished)
-
-    def abort(self, request_ids: Iterable[str]) -> None:
-        self.waiting = []
-        self.left = {name: left for name, left in self.left.items() if name not in set(request_ids)}
-
-    def serve(self, requests: Iterable[Request], on_finish: Any = None) -> list[RequestResult]:
-        return []
-
-    def score(self, requests: Iterable[Request]) -> list[Any]:
-        return []
-
-    def attach(self, probe: Any, mode: str) -> None:
-        self.log.append(f"attach {mode}")
-        if mode == "graph":
-            raise TraceUnsupported("no graphs here")
-
-    def detach(self) -> None:
-        self.log.append("detach")
-
-    def close(self) -> None:
-        self.log.append("close")
-
-
-def run_scripted(engine: Scripted, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, Any]:
-    monkeypatch.setattr(runner, "start_engine", engine.start)
-    return run(config("verify=false", *overrides), run_dir, silent())
+from harness.summary import main
+from tests.harness.scripted_runs import QUICK, TINY, Scripted, config, run_scripted, silent
 
 
 def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,145 +168,6 @@ def test_limits_come_from_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (engine.config.dtype, engine.config.device, engine.config.checkpoint) == ("float32", "cpu", TINY)
 
 
-@pytest.mark.parametrize(
-    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried ..."), MemoryError("no room")]
-)
-def test_out_of_memory_is_a_row_and_the_next_shape_runs(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(step: Step) -> Step:
-        if step.batch_size == 2:
-            raise error
-        return step
-
-    engine = Scripted(full)
-    record = run_scripted(engine, tmp_path, monkeypatch, "workload.cpu_decode=[[2,16],[1,16]]")
-    steps = load(tmp_path).steps
-    failed = steps[steps["batch_size"] == 2]
-    assert len(failed) == 2  # one for the timed pass, one for the eager trace
-    assert failed["wall_us"].isna().all()
-    assert failed["status"].str.startswith("out of memory: ").all()
-    assert sorted(failed["instrumented"]) == [False, True]
-    last = steps[(steps["batch_size"] == 1) & (steps["phase"] == "decode")]
-    assert len(last) > 2
-    assert last["wall_us"].notna().all()
-    assert record["status"] == "ok"
-    assert [f.split(":")[0] for f in record["failures"]] == [
-        "decode of 2 sequences at context 16 tokens, timed", "decode of 2 sequences at context 16 tokens, eager"
-    ]  # fmt: skip
-    assert not engine.has_unfinished()
-
-
-def test_other_errors_end_the_run_and_keep_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(step: Step) -> Step:
-        if step.batch_size == 2:
-            raise RuntimeError("illegal memory access")
-        return step
-
-    engine = Scripted(broken)
-    with pytest.raises(RuntimeError, match="illegal"):
-        run_scripted(engine, tmp_path, monkeypatch)
-    runs = load(tmp_path)
-    assert (runs.runs[0]["status"], runs.runs[0]["error"]) == ("failed", "RuntimeError: illegal memory access")
-    assert set(runs.steps["batch_size"]) == {1}
-    assert engine.log[-1] == "close"
-
-
-def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = 0
-
-    def stopped(step: Step) -> Step:
-        nonlocal seen
-        seen += step.kind == "decode" and step.batch_size == 2
-        if seen == 6:
-            raise KeyboardInterrupt
-        return step
-
-    engine = Scripted(stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_scripted(engine, tmp_path, monkeypatch)
-    runs = load(tmp_path)
-    assert runs.runs[0]["status"] == "interrupted"
-    by_shape = runs.steps.groupby(["phase", "batch_size"]).size()
-    assert by_shape["decode", 2] == 6 - 1 - 3  # without the warm-up and the step that never came back
-    assert by_shape["prefill", 1] >= 1
-    assert runs.runs[0]["shapes"][2]["timed"]["stop"] == "interrupted"
-    assert engine.log[-1] == "close"
-    assert gc.isenabled()
-    print_summary(tmp_path, Console(file=io.StringIO()))
-
-
-def test_a_step_of_another_kind_gives_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decodes = 0
-
-    def sometimes_mixed(step: Step) -> Step:
-        nonlocal decodes
-        decodes += step.kind == "decode"
-        return Step("mixed", step.scheduled) if step.kind == "decode" and decodes % 6 == 0 else step
-
-    record = run_scripted(Scripted(sometimes_mixed), tmp_path, monkeypatch)
-    steps = load(tmp_path).steps
-    failed = steps[steps["status"] != "ok"]
-    assert "A mixed step of 1 sequences came instead" in failed["status"].iloc[0]
-    assert set(failed["phase"]) == {"decode"}
-    assert len(record["failures"]) == 4
-
-
-def test_nothing_timed_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Scripted(lambda step: Step("mixed", step.scheduled))
-    with pytest.raises(RunFailed, match=r"No shape could be timed; the first failure: prefill of 1 .* mixed"):
-        run_scripted(engine, tmp_path, monkeypatch)
-    assert load(tmp_path).runs[0]["status"] == "failed"
-    assert "attach eager" not in engine.log
-
-
-def test_what_no_cache_can_hold_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = Scripted(kv_cache_tokens=40)
-    with pytest.raises(
-        InputError, match=r"decode of 2 sequences at context 16 tokens needs a cache of \d+ tokens.* 40"
-    ):
-        run_scripted(engine, tmp_path / "run", monkeypatch)
-    assert not (tmp_path / "run").exists()
-    assert engine.log == ["close"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["workload.cpu_prefill=[[1,1024]]"], r"The prefill of 1 prompts of 1024 tokens needs 1025 positions.*1024"),
-        (["limits.max_model_len=16"], r"The prefill .* needs 17 positions.* limits.max_model_len is 16"),
-        (["limits.max_num_seqs=1"], r"The decode of 2 .* needs 2 sequences at once.* limits.max_num_seqs is 1"),
-        (["engine.target=engines.hf.Nothing"], r"engine.target engines.hf.Nothing cannot be imported"),
-        (["weights=/no/such/folder"], r"no folder /no/such/folder"),
-    ],
-)
-def test_bad_input_is_refused(overrides: list[str], sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=sentence):
-        run(config(*overrides), tmp_path / "run", silent())
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_engine_that_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engines.hf import HF
-
-    class Wrong(HF):
-        def score(self, requests: Any) -> list[Any]:
-            scored = super().score(requests)
-            for one in scored:
-                one.logits.mul_(1.05)
-            return scored
-
-    monkeypatch.setattr(runner, "start_engine", lambda _target, config: Wrong(config))
-    with pytest.raises(RunFailed, match="Nothing was timed, since hf in float32 does not agree with transformers"):
-        run(config(), tmp_path, silent())
-    runs = load(tmp_path)
-    assert runs.steps.empty
-    assert (runs.runs[0]["status"], runs.runs[0]["verification"]["status"]) == ("failed", "failed")
-    assert runs.runs[0]["verification"]["engine"]["kl"] > 1e-6
-
-
 def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("workload=throughput", "workload.cpu_num_requests=3", "workload.prompt_len=[4,40]")
     record = run(config(*small, "workload.output_len=[5,20]"), tmp_path, silent())
@@ -455,47 +216,3 @@ def test_no_instrument_means_no_traced_pass(tmp_path: Path, monkeypatch: pytest.
     assert record["traces"] == {}
     assert not load(tmp_path).steps["instrumented"].any()
     assert not any(entry.startswith("attach") for entry in engine.log)
-
-
-def test_out_of_memory() -> None:
-    assert out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert not out_of_memory(RuntimeError("memory of things past"))
-    assert not out_of_memory(ValueError("out of memory"))
-
-
-def cells(table: Table) -> list[list[str]]:
-    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
-
-
-def test_a_single_sample_has_no_interval() -> None:
-    shape = {"phase": "decode", "batch_size": 1, "tokens": 16}
-    timed = {"status": "ok", "wall_us": 2000.0, "wall_us_low": 2000.0, "wall_us_high": 2000.0, "mode": "graph"}
-    many = {**timed, "wall_us_low": 1990.0, "samples": 30}
-    shapes = [{**shape, "timed": {**timed, "samples": 1}}, {**shape, "timed": many}]
-    layers = pd.DataFrame(
-        columns=["phase", "batch_size", "new_tokens", "context_len", "source", "mode", "op", "layer_index"]
-    ).assign(latency_us=0.0)
-    once, often = cells(steps_table({"shapes": shapes}, layers, ""))
-    assert once[3:5] == ["2.000", "(once)"]
-    assert often[3:5] == ["2.000", "1.990 - 2.000"]
-
-
-def test_a_call_that_failed_stands_in_the_table() -> None:
-    call = {"phase": "decode", "batch_size": 1, "tokens": 16, "output_len": 8, "metric": "tpot_ms"}
-    value = {"status": "ok", "median": 2.0, "low": 2.0, "high": 2.0, "samples": 1}
-    few = "3 tokens too few came back [/tmp/log]."  # what rich would take for the end of a style
-    records = [{**call, **value}, {**call, "status": f"{few}\nA trace."}, {**call, **value, "status": few}]
-    table = rounds_table(records, "")
-    with (console := Console(width=200)).capture() as printed:
-        console.print(table)
-    assert printed.get().count(few) == 2 and "A trace" not in printed.get()
-    once, failed, then = cells(table)
-    assert once[5:] == ["2.000", "(once)", "1"]
-    assert then[5:] == ["2.000", f"(once), then: {escape(few)}", "1"]
-    assert failed[5:] == ["-", escape(few), "0"]
-
-
-def test_summary_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert main([str(tmp_path)]) == 2
-    assert "holds no run" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import _rows
+from kernels import _rows, choices
 from kernels._rows import empty_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -60,6 +60,16 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path) -> torch.device:
+    """A device that counts as a GPU of its own kind, with an empty folder of choices."""
+    monkeypatch.setattr(choices, "FOLDER", tmp_path)
+    monkeypatch.setattr(choices, "gpu_slug", lambda device: "some-gpu")
+    choices._table.cache_clear()
+    yield torch.device("cuda", 0)
+    choices._table.cache_clear()
 
 
 @pytest.fixture
