@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engines.base import TraceUnsupported
+from harness.passes import ShapeSteps
+from harness.workloads import Shape
 
 IDLE_S = 1.0
 """Ten ticks at least: found to a millisecond each, its ends are then off by a few thousandths."""
@@ -68,3 +70,39 @@ class EnergyMeter:
                 raise TraceUnsupported("The GPU's energy counter does not move.")
             self.sleep(POLL_S)
         return self.clock(), now
+
+
+def step_energy(steps: ShapeSteps, shape: Shape, meter: EnergyMeter, seconds: float) -> dict[str, float]:
+    """J beyond idle of a step of `shape`, and how that was found. TraceUnsupported: the shape's prompts hide its steps.
+
+    An engine may launch steps ahead, also one whose tokens nobody wants any more. So steps are not counted up from the
+    first one: two loops whose rounds begin and end alike differ by steps that all ran.
+    """
+    samples, counted, before_j = 1, 1, 0.0
+    if shape.phase == "decode":
+        samples, counted = shape.width, shape.width - 1
+        few = meter.spend(_rounds_of(steps, shape, 1), seconds)
+        before_j = few.joules / few.rounds
+    spent = meter.spend(_rounds_of(steps, shape, samples), seconds)
+    step_j = (spent.joules / spent.rounds - before_j) / counted
+    if step_j <= 0:
+        raise TraceUnsupported("Its steps take no more than idle, or less than their prompts can be told to.")
+    return {
+        "j_per_step": step_j, "idle_w": spent.idle_w, "subtracted_share": before_j * spent.rounds / spent.joules,
+        "rounds": spent.rounds, "seconds": spent.seconds,
+    }  # fmt: skip
+
+
+def _rounds_of(steps: ShapeSteps, shape: Shape, samples: int) -> Callable[[], None]:
+    """What takes so many samples of `shape` and leaves the engine idle; once done already."""
+
+    def once() -> None:
+        source = steps.samples(shape, width=samples)
+        try:
+            for _ in range(samples):
+                next(source)
+        finally:
+            source.close()
+
+    once()
+    return once

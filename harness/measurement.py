@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
@@ -18,7 +18,7 @@ import torch
 from engines.base import Engine, Request, RequestResult, SamplingParams, TraceMode, TraceUnsupported
 from harness import machine, tables
 from harness.config import Config
-from harness.energy import EnergyMeter
+from harness.energy import EnergyMeter, step_energy
 from harness.instruments.events import EventProbe, GraphEventProbe
 from harness.instruments.host import HostProbe
 from harness.instruments.kernels import KernelProbe, KernelSample, disagreeing, read
@@ -236,9 +236,7 @@ class Measurement:
                 self.writer.add_host(tables.host_rows(self.engine, shape, phases, mode))
                 medians = {phase: statistics.median(step[phase] for step in phases) for phase in phases[0]}
                 record = tables.pass_record(self.engine, shape, samples, mode) | {"phases_us": medians}
-                if timed_us := self.passes[shape].get(TIMED, {}).get("wall_us"):
-                    record["overhead"] = record["wall_us"] / timed_us
-                self.passes[shape][HOST] = record
+                self._keep_traced(shape, HOST, record)
         finally:
             source.close()
 
@@ -262,42 +260,13 @@ class Measurement:
                 done(str(shape))
 
     def _energy(self, shape: Shape, meter: EnergyMeter) -> dict[str, Any]:
-        """J beyond idle, of a step and of a token. TraceUnsupported: the shape's prompts hide its steps.
-
-        An engine may launch steps ahead, also one whose tokens nobody wants any more. So steps are not counted up from
-        the first one: two loops whose rounds begin and end alike differ by steps that all ran.
-        """
-        seconds = self.config.instrument.energy_seconds
-        samples, steps, before_j = 1, 1, 0.0
-        if shape.phase == "decode":
-            samples, steps = shape.width, shape.width - 1
-            few = meter.spend(self._rounds_of(shape, 1), seconds)
-            before_j = few.joules / few.rounds
-        spent = meter.spend(self._rounds_of(shape, samples), seconds)
-        step_j = (spent.joules / spent.rounds - before_j) / steps
-        if step_j <= 0:
-            raise TraceUnsupported("Its steps take no more than idle, or less than their prompts can be told to.")
+        """What `run.json` says of it. TraceUnsupported: the shape's prompts hide its steps."""
+        source = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature)
+        found = step_energy(source, shape, meter, self.config.instrument.energy_seconds)
         return {
             "status": "ok", "arm": self.engine.arm, "mode": tables.timed_mode(self.engine, shape),
-            "j_per_step": step_j, "j_per_token": step_j / shape.new_tokens, "idle_w": spent.idle_w,
-            "subtracted_share": before_j * spent.rounds / spent.joules, "rounds": spent.rounds,
-            "seconds": spent.seconds,
+            **found, "j_per_token": found["j_per_step"] / shape.new_tokens,
         }  # fmt: skip
-
-    def _rounds_of(self, shape: Shape, samples: int) -> Callable[[], None]:
-        """What takes so many samples of `shape` and leaves the engine idle; once done already."""
-        steps = ShapeSteps(self.engine, self.prompts, self.config.workload.temperature)
-
-        def once() -> None:
-            source = steps.samples(shape, width=samples)
-            try:
-                for _ in range(samples):
-                    next(source)
-            finally:
-                source.close()
-
-        once()
-        return once
 
     def _record_kernels(self, shape: Shape, probe: KernelProbe) -> None:
         conf, model = self.config.instrument, self.config.model
@@ -334,9 +303,7 @@ class Measurement:
         self.writer.add_layers(layer_rows)
         record = tables.pass_record(self.engine, shape, samples, mode)
         record |= tables.kernels_record([kernels for _, kernels in pairs]) | {"refused": list(refused.values())}
-        if timed_us := self.passes[shape].get(TIMED, {}).get("wall_us"):
-            record["overhead"] = record["wall_us"] / timed_us
-        self.passes[shape][KERNELS] = record
+        self._keep_traced(shape, KERNELS, record)
 
     def trace(self, mode: TraceMode, timers: bool) -> None:
         """Trace every shape in `mode` (decode only in graphs), with timers, and with NVTX ranges if a tool listens."""
@@ -389,11 +356,15 @@ class Measurement:
                 self.writer.add_steps(step_rows)
                 self.writer.add_layers(layer_rows)
                 record = tables.pass_record(self.engine, shape, samples, mode)
-                if timed_us := self.passes[shape].get(TIMED, {}).get("wall_us"):
-                    record["overhead"] = record["wall_us"] / timed_us
                 if (share := tables.closure(samples)) is not None:
                     record["closure"] = share
-                self.passes[shape][mode] = record
+                self._keep_traced(shape, mode, record)
+
+    def _keep_traced(self, shape: Shape, name: str, record: dict[str, Any]) -> None:
+        """As the shape's pass of that name, with what it cost beside the timed one, if there is one."""
+        if timed_us := self.passes[shape].get(TIMED, {}).get("wall_us"):
+            record["overhead"] = record["wall_us"] / timed_us
+        self.passes[shape][name] = record
 
     @contextmanager
     def _failing(self, shape: Shape, name: str) -> Iterator[None]:
