@@ -324,16 +324,9 @@ def paged_attention(
     )  # fmt: skip
     if splits > 1:
         paged_attention_combine_kernel[(tokens * heads,)](
-            part_o,
-            part_lse,
-            o,
-            tokens * heads,
-            splits,
-            HEAD_DIM=head_dim,
-            MOST=MAX_SPLITS,
-            BLOCK_D=block_d,
+            part_o, part_lse, o, tokens * heads, splits, HEAD_DIM=head_dim, MOST=MAX_SPLITS, BLOCK_D=block_d,
             num_warps=4,
-        )
+        )  # fmt: skip
     return o
 
 

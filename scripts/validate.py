@@ -52,7 +52,7 @@ from harness.results import write_json
 from harness.verify import FLOAT32_KL, FLOAT32_NLL_DELTA, differences, resampled
 from harness.weights import resolve
 from harness.workloads import Prompts
-from scripts.validation_record import kept, left_of, names_of
+from scripts.validation_record import Plan, kept, left_of, line, names_of, passed, passed_graphs
 
 ENGINES = {"fused": Fused, "nano": Nano}
 TINY = ROOT / "tests" / "assets" / "tiny-qwen3"
@@ -289,17 +289,13 @@ def setting(model: str, device: str, max_rows: int) -> tuple[EngineConfig, int]:
 
 
 def validated(
-    engine_name: str,
-    model: str,
-    setting: tuple[EngineConfig, int],
-    device: str,
-    to_do: Sequence[Case],
+    engine_name: str, model: str, started_with: tuple[EngineConfig, int], device: str, to_do: Sequence[Case],
     deadline_s: float,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The rows of one engine and model, as they are measured, until there is no time for more."""
     if not to_do or time.perf_counter() > deadline_s:
         return
-    config, vocab = setting
+    config, vocab = started_with
     engine = ENGINES[engine_name](config)
     dtypes = ["float32"] if config.dtype == "float32" else ["float32", config.dtype]
     references = [Reference(config.checkpoint, dtype, device) for dtype in dtypes]
@@ -318,26 +314,19 @@ def validated(
         gc.collect()
 
 
-def line(row: Mapping[str, Any]) -> str:
-    """For people."""
-    text = f"{row['engine']:6} {row['model']:12} {row['case']['name']:24} {row['positions']:5}  KL {row['kl']:.2e}"
-    if "kl_ratio" in row:
-        ratios = row["kl_ratio"], row["nll_delta_ratio"]
-        text += "".join(f"  {r['value']:.2f} (<= {r['high']:.2f})" for r in ratios)
-    if "graphs_passed" in row:
-        text += f"  graphs {row['graph_against_eager']:.1e} ({row['graph_positions']})"
-    outcome = "passed" if passed(row) else "UNDECIDED" if row["undecided"] else "FAILED"
-    return f"{text}  {row['seconds']:.1f} s  {outcome}"
-
-
-def passed(row: Mapping[str, Any]) -> bool:
-    """Both checks of a case."""
-    return row["passed"] and passed_graphs(row)
-
-
-def passed_graphs(row: Mapping[str, Any]) -> bool:
-    """Whether a case's graphs gave what launches give; true where there are none."""
-    return row.get("graphs_passed", True)
+def planned(
+    engines: Sequence[str], settings: Mapping[str, tuple[EngineConfig, int]], rows: int, positions: int
+) -> Plan:
+    """All cases of batches up to `rows`. InputError: there is no such engine."""
+    plan: Plan = {}
+    for model, (config, _) in settings.items():
+        times = TINY_TIMES if config.checkpoint == TINY else 1
+        of_model = [asdict(case) for case in cases(rows, config.max_model_len, times * positions)]
+        for engine in engines:
+            if engine not in ENGINES:
+                raise InputError(f"There is no engine {engine} to validate: {', '.join(ENGINES)}.")
+            plan[engine, model] = of_model
+    return plan
 
 
 def main() -> int:
@@ -365,14 +354,7 @@ def main() -> int:
         name = provenance["gpu"]["name"] if device == "cuda" else provenance["cpu"]["model"]
         made = {"device": name, **made}
         settings = {model: setting(model, device, arguments.rows) for model in arguments.models.split(",")}
-        plan: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for model, (config, _) in settings.items():
-            times = TINY_TIMES if config.checkpoint == TINY else 1
-            of_model = cases(arguments.rows, config.max_model_len, times * arguments.positions)
-            for engine in arguments.engines.split(","):
-                if engine not in ENGINES:
-                    raise InputError(f"There is no engine {engine} to validate: {', '.join(ENGINES)}.")
-                plan[engine, model] = [asdict(case) for case in of_model]
+        plan = planned(arguments.engines.split(","), settings, arguments.rows, arguments.positions)
         others: list[str] = []
         if arguments.resume:
             made["rows"], others = kept(arguments.json, made, plan)
@@ -384,7 +366,7 @@ def main() -> int:
                 print(line(row), flush=True)
                 if arguments.json:  # whatever comes after, this much is there
                     write_json(arguments.json, made)
-        made["left_out"] = [*names_of(plan, made["rows"]), *others]
+        made["left_out"] = [*names_of(plan, made["rows"]), *others]  # also where there was no time for any
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

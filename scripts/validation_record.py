@@ -1,4 +1,4 @@
-"""What scripts/validate.py has judged and what is missing, in its JSON file, and how it goes on from one."""
+"""What scripts/validate.py has judged, for people and in its JSON file; what is missing, and how it goes on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from engines.base import InputError
 
 NO_COMMIT = "no commit"
-Plan = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
+Plan = dict[tuple[str, str], list[dict[str, Any]]]
 """By engine and model, the cases to judge, as rows have them."""
 
 
-def left_of(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+def left_of(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Plan:
     """What of the plan no row judges."""
     judged = [(row["engine"], row["model"], row["case"]) for row in rows]
     return {pair: [case for case in cases if (*pair, case) not in judged] for pair, cases in plan.items()}
@@ -59,3 +59,25 @@ def _code(made: Mapping[str, Any]) -> str:
     """Its commit, unless something was uncommitted."""
     git = made["provenance"]["git"]
     return NO_COMMIT if git is None or git["dirty"] else f"commit {git['commit']}"
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """For people."""
+    text = f"{row['engine']:6} {row['model']:12} {row['case']['name']:24} {row['positions']:5}  KL {row['kl']:.2e}"
+    if "kl_ratio" in row:
+        ratios = row["kl_ratio"], row["nll_delta_ratio"]
+        text += "".join(f"  {r['value']:.2f} (<= {r['high']:.2f})" for r in ratios)
+    if "graphs_passed" in row:
+        text += f"  graphs {row['graph_against_eager']:.1e} ({row['graph_positions']})"
+    outcome = "passed" if passed(row) else "UNDECIDED" if row["undecided"] else "FAILED"
+    return f"{text}  {row['seconds']:.1f} s  {outcome}"
+
+
+def passed(row: Mapping[str, Any]) -> bool:
+    """Both checks of a case."""
+    return row["passed"] and passed_graphs(row)
+
+
+def passed_graphs(row: Mapping[str, Any]) -> bool:
+    """Whether a case's graphs gave what launches give; true where there are none."""
+    return row.get("graphs_passed", True)

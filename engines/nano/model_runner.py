@@ -236,7 +236,7 @@ class ModelRunner:
             drawn.add(sequences)
             if tokens > 1:  # as chunks of prompts whose beginnings are in the cache, which other kernels may compute
                 self.run([self._warm_up_sequence(tokens, 1, greedy)] * sequences, is_prefill=True)
-        for tokens in (tokens for tokens in self._tokens_apart() if tokens <= length):
+        for tokens in self._tokens_apart(length):
             for cached in (0, length - tokens):  # of a short context, and of the longest, which programs may share
                 self.run([self._warm_up_sequence(cached + tokens, cached, greedy)], is_prefill=True)
         for sampling in (hot, everything):
@@ -245,10 +245,13 @@ class ModelRunner:
         self._unbind_cache()
         return most - torch.cuda.memory_reserved()
 
-    def _tokens_apart(self) -> list[int]:
-        """Numbers of new tokens at which our own attention is another kernel, where it runs."""
-        c = self.share
-        return tile_tokens(c.num_heads // c.num_kv_heads, self.dtype.itemsize) if self.backend_name == "triton" else []
+    def _tokens_apart(self, length: int) -> list[int]:
+        """Numbers of new tokens, up to `length`, at which our own attention is another kernel; none where it is not
+        what runs."""
+        if self.backend_name != "triton":
+            return []
+        group = self.share.num_heads // self.share.num_kv_heads
+        return [tokens for tokens in tile_tokens(group, self.dtype.itemsize) if tokens <= length]
 
     def _prompts_to_warm_up(self, length: int) -> list[tuple[int, int]]:
         """(sequences, tokens of each, up to `length`) of steps: the largest, one of several short ones, others."""
